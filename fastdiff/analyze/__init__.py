@@ -1,0 +1,1 @@
+"""What each latent is: latent scaling, classes, examples."""

@@ -1,0 +1,1 @@
+"""What each latent means: a label and a category from a taxonomy."""

@@ -1,0 +1,238 @@
+"""One frozen model per stage: every option, its default, its meaning and its range.
+
+The command line takes names, defaults and help from these fields, so each stands once. A configuration
+file (YAML) has one section per stage with the same names; an unknown key is an error.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastdiff.errors import OptionError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+StoreDtype = Literal["float32", "bfloat16", "float16"]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class StageConfig(BaseModel):
+    """What all stages share: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+class ExtractConfig(StageConfig):
+    """Which activations to take, from which models, over which text."""
+
+    base: str = Field(description="Base model: a path or a Hugging Face id.")
+    tuned: str = Field(description="Tuned model: a path or a Hugging Face id.")
+    # YAML reads an unquoted 13 or 0.5 as a number
+    layer: str = Field(
+        "0.5",
+        coerce_numbers_to_str=True,
+        description="Layer: a 0-based index (13), or a fraction with a point (0.5).",
+    )
+    hook: Literal["resid_post", "mlp_out", "attn_out"] = Field(
+        "resid_post",
+        description="The residual stream after the layer, or what its MLP or attention adds to it.",
+    )
+    dataset: list[str] = Field(
+        min_length=1,
+        description="Texts: a .jsonl, .txt or .parquet file, or a Hugging Face data set id. May be repeated.",
+    )
+    split: str = Field("train", description="Split of a Hugging Face data set.")
+    text_field: str = Field("text", description="Field that holds the text.")
+    messages_field: str | None = Field(
+        None, description="Field that holds chat messages (role, content); used instead of the text field."
+    )
+    category_field: str | None = Field(
+        None, description="Field that holds a document's category, kept as its source label."
+    )
+    ctx_len: PositiveInt = Field(1024, description="Longest sequence, in tokens; longer documents are cut.")
+    max_tokens: PositiveInt = Field(1_000_000, description="Stop after this many stored tokens.")
+    batch_size: PositiveInt = Field(8, description="Sequences in one forward pass.")
+    skip_first: NonNegativeInt = Field(0, description="Positions at the start that are run but not stored.")
+    keep_bos: bool = Field(False, description="Store the BOS position too (its norm wrecks the statistics).")
+    dtype: Dtype = Field("auto", description="Precision of the forward pass; auto is the model's own.")
+    store_dtype: StoreDtype = Field("bfloat16", description="Precision on disk.")
+    shard_rows: PositiveInt = Field(1_000_000, description="Rows in one shard file.")
+    device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
+    seed: NonNegativeInt = Field(0, description="Order of the documents.")
+
+
+class TrainConfig(StageConfig):
+    """The crosscoder and how it is trained. Defaults follow Minder et al. 2025, arXiv:2504.02922."""
+
+    activation: Literal["batchtopk", "topk", "jumprelu", "relu"] = Field(
+        "batchtopk", description="Which latents fire."
+    )
+    dict_size: PositiveInt = Field(32768, description="Dictionary size F: number of latents.")
+    k: PositiveInt = Field(
+        100, description="Active latents per token (for jumprelu the L0 that is aimed at)."
+    )
+    k_start: PositiveInt | None = Field(None, description="k at the first step; falls linearly to k.")
+    k_anneal_steps: NonNegativeInt = Field(0, description="Steps over which k falls from k-start to k.")
+    steps: PositiveInt = Field(20_000, description="Optimizer steps.")
+    batch_size: PositiveInt = Field(4096, description="Tokens in one step.")
+    lr: float = Field(1e-4, gt=0, description="Learning rate of Adam.")
+    warmup_steps: NonNegativeInt = Field(
+        1000, description="Steps over which the learning rate rises linearly; unless given, at most a tenth."
+    )
+    decay_steps: NonNegativeInt = Field(0, description="Last steps, over which it falls linearly to 0.")
+    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
+    loss: Literal["l2norm", "mse"] = Field(
+        "l2norm",
+        description="Reconstruction loss per model: mean L2 norm of the error, or mean squared error.",
+    )
+    auxk_coef: float = Field(1 / 32, ge=0, description="Weight of the AuxK loss (TopK and BatchTopK).")
+    dead_tokens: PositiveInt = Field(
+        10_000_000, description="A latent that has not fired for this many tokens is dead."
+    )
+    l1_coef: float = Field(0.05, ge=0, description="Weight of the L1 penalty (relu).")
+    l0_coef: float = Field(1.0, ge=0, description="Weight of (L0/k - 1)^2 (jumprelu).")
+    bandwidth: float = Field(0.3, gt=0, description="Width of the straight-through window (jumprelu).")
+    sparsity_warmup_steps: NonNegativeInt = Field(
+        1000,
+        description="Steps over which the penalty rises (relu, jumprelu); same rule as warmup-steps.",
+    )
+    init: Literal["independent", "shared"] = Field(
+        "independent", description="Initial directions: each model its own draw, or one draw for all."
+    )
+    normalize: Literal["rms", "none"] = Field(
+        "rms",
+        description="Centre each model's input and scale its variance to d_model, or leave it as it is.",
+    )
+    holdout: float = Field(0.01, ge=0, lt=1, description="Last share of documents, kept for evaluation.")
+    threshold_decay: float = Field(
+        0.999, ge=0, lt=1, description="Memory of the running mean that gives the inference threshold."
+    )
+    checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
+    log_every: PositiveInt = Field(50, description="Steps between lines in events.jsonl.")
+    seed: NonNegativeInt = Field(0, description="Initialisation of the weights.")
+    data_seed: NonNegativeInt = Field(0, description="Order of the data.")
+    threads: NonNegativeInt = Field(0, description="CPU threads; 0 is what torch chooses.")
+    device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_warmup(cls, values: Any) -> Any:
+        # a short run with the default of 1000 would never leave its warm-up
+        steps = values.get("steps") if isinstance(values, dict) else None
+        if isinstance(steps, int):
+            for name in ("warmup_steps", "sparsity_warmup_steps"):
+                values = {name: min(1000, steps // 10), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.k > self.dict_size:
+            raise ValueError(f"k must lie in [1, dict_size={self.dict_size}], got {self.k}")
+        if self.k_start is not None and not self.k <= self.k_start <= self.dict_size:
+            raise ValueError(
+                f"k_start must lie in [k={self.k}, dict_size={self.dict_size}], got {self.k_start}"
+            )
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps + decay_steps must not exceed steps={self.steps}, "
+                f"got {self.warmup_steps} + {self.decay_steps}"
+            )
+        return self
+
+
+class AnalyzeConfig(StageConfig):
+    """How latents are measured and shown."""
+
+    train_seed: NonNegativeInt = Field(
+        0, description="Which crosscoder of the run: the seed it was trained with."
+    )
+    max_tokens: NonNegativeInt = Field(0, description="Tokens to read; 0 is the whole store.")
+    batch_size: PositiveInt = Field(4096, description="Tokens in one pass through the encoder.")
+    examples: NonNegativeInt = Field(8, description="Maximum-activating examples per latent.")
+    context: PositiveInt = Field(24, description="Tokens shown on each side of a peak.")
+    cards: PositiveInt = Field(400, description="Latents that get examples, the most specific first.")
+    nu_error_max: float = Field(0.2, gt=0, description="Specific: |nu_error| is below this.")
+    nu_reconstruction_max: float = Field(
+        0.5, gt=0, description="Specific: |nu_reconstruction| is below this."
+    )
+    device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
+
+
+class AnnotateConfig(StageConfig):
+    """Who labels the latents."""
+
+    annotator: Literal["baseline"] = Field(
+        "baseline",
+        description="baseline: offline, by where a latent fires. It reads the data set's categories.",
+    )
+    min_count: PositiveInt = Field(
+        10, description="A latent that fires less often than this is not labelled."
+    )
+    min_lift: float = Field(
+        2.0,
+        gt=1,
+        description="Firing rate in its category over that elsewhere, at least; else uninterpretable.",
+    )
+
+
+class CompareConfig(StageConfig):
+    """How category differences are tested."""
+
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this."
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
+
+
+class RunConfig(StageConfig):
+    """All stages, as `fastdiff run -c run.yaml` takes them."""
+
+    extract: ExtractConfig
+    train: TrainConfig = TrainConfig()
+    analyze: AnalyzeConfig = AnalyzeConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
+    compare: CompareConfig = CompareConfig()
+
+
+def validated(model: type[Stage], values: dict[str, Any]) -> Stage:
+    """Build a configuration.
+
+    Raises:
+        OptionError: A value is out of range, of another type, missing, or of an unknown name.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            name = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-")
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "missing":
+                problems.append(f"{name} is required")
+            elif item["type"] == "extra_forbidden":
+                problems.append(f"{name}: no such option")
+            elif name == "--":
+                problems.append(message)
+            else:
+                problems.append(f"{name}: {message} (got {item['input']!r})")
+        raise OptionError("; ".join(problems)) from error
+
+
+def template(model: type[StageConfig], indent: str = "") -> str:
+    """A YAML file with every field of a configuration: its meaning as a comment, its default as value."""
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StageConfig):
+            lines.append(f"{indent}{name}:\n{template(field.annotation, indent + '  ')}")
+            continue
+        lines.append(f"{indent}# {field.description}\n")
+        if field.is_required():
+            value = "[]" if str(field.annotation).startswith("list") else '""'
+        else:
+            value = json.dumps(field.default)
+        lines.append(f"{indent}{name}: {value}\n")
+    return "".join(lines)

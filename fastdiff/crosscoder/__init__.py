@@ -1,0 +1,1 @@
+"""The crosscoder: model, losses, trainer, checkpoint, metrics."""

@@ -1,0 +1,235 @@
+"""The training stage: store → crosscoder, resumable at every checkpoint, skipped when already done."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff import run as rundir
+from fastdiff.config import TrainConfig
+from fastdiff.crosscoder.checkpoint import (
+    CONFIG,
+    MODEL,
+    load_checkpoint,
+    load_crosscoder,
+    save_checkpoint,
+    save_crosscoder,
+)
+from fastdiff.crosscoder.metrics import Quality, evaluate
+from fastdiff.crosscoder.model import Crosscoder
+from fastdiff.crosscoder.trainer import StepResult, Trainer
+from fastdiff.errors import InputError, OptionError
+from fastdiff.progress import SILENT, Progress
+from fastdiff.store.reader import ActivationStore
+from fastdiff.store.shuffler import Shuffler
+
+# more held-out rows than this change no digit that is shown
+_EVALUATION_ROWS = 200_000
+
+
+def directory_of(run: Path, seed: int) -> Path:
+    """Where a run keeps the crosscoder of one seed."""
+    return run / "crosscoder" / f"seed-{seed}"
+
+
+def train(
+    store_path: Path,
+    run: Path,
+    config: TrainConfig,
+    progress: Progress = SILENT,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Train a crosscoder on a store, into `run/crosscoder/seed-<seed>/`.
+
+    Args:
+        store_path: A store directory or a bare .h5.
+        run: Run directory.
+        config: How.
+        progress: Where to report.
+        resume: Continue from the newest checkpoint of the same configuration; else start anew.
+        overwrite: Replace a crosscoder of another configuration.
+
+    Returns:
+        The crosscoder's directory.
+
+    Raises:
+        OptionError: The options do not fit the store, or the directory holds another configuration.
+        InputError: The store is bad or holds NaN or infinity.
+        FastdiffError: The loss is not finite.
+        LockedError: Another process writes to the run.
+    """
+    target = directory_of(run, config.seed)
+    with ActivationStore(store_path) as store, rundir.locked(run), _threads(config.threads):
+        inputs, settings = {"store": store.sha256()}, config.model_dump()
+        if rundir.is_done(target, "train", settings, inputs):
+            progress.say(f"train: {target} is up to date")
+            return target
+        _refuse_other(target, settings, inputs, overwrite)
+        rundir.begin(target)
+        rundir.write_json(target / "started.json", {"schema": 1, "config": settings, "inputs": inputs})
+        rows = _training_rows(store, config)
+        shuffler = Shuffler(store, batch_size=config.batch_size, seed=config.data_seed, n_rows=len(rows), rows=rows)
+        crosscoder = Crosscoder(
+            config.dict_size, store.n_models, store.d_model, activation=config.activation, k=config.k
+        )
+        trainer = Trainer(crosscoder, config)
+        loaded = load_checkpoint(target / "checkpoints", crosscoder) if resume and not overwrite else None
+        if loaded is None:
+            shutil.rmtree(target / "checkpoints", ignore_errors=True)
+            _start(crosscoder, store, shuffler, config)
+        else:
+            tensors, state = loaded
+            trainer.load_state(tensors, state["step"])
+            # the order of a sum depends on the number of threads, and so do the last bits of the weights
+            torch.set_num_threads(state["threads"])
+            progress.say(f"train: continuing from step {state['step']}")
+        _loop(trainer, shuffler, target, rundir.Events(run), progress)
+        quality = evaluate(crosscoder, _evaluation_batches(store, config))
+        rundir.Events(run).write("evaluate", step=config.steps, **asdict(quality))
+        _report(quality, progress)
+        facts = {
+            "models": [model.model_dump() for model in store.meta.models],
+            "train": settings,
+            "store_sha256": inputs["store"],
+            "n_train": len(rows),
+            "steps": config.steps,
+        }
+        save_crosscoder(target, crosscoder, facts)
+        rundir.finish(target, "train", settings, inputs, [MODEL, CONFIG])
+        rundir.record(run, "train", settings, store=str(store_path.resolve()), threads=torch.get_num_threads())
+    return target
+
+
+def _refuse_other(target: Path, settings: dict[str, Any], inputs: dict[str, str], overwrite: bool) -> None:
+    """Another configuration's results are replaced only when that was asked for."""
+    path = target / "started.json"
+    if overwrite or not path.exists():
+        return
+    before = rundir.read_json(path)
+    if before["inputs"] != inputs:
+        raise OptionError(f"{target}: was trained on another store; choose another -o, or --overwrite")
+    for name, value in settings.items():
+        if before["config"].get(name) != value:
+            option = "--" + name.replace("_", "-")
+            raise OptionError(
+                f"{target}: was trained with {option} {before['config'].get(name)}, not {value}; "
+                f"choose another -o, or --overwrite"
+            )
+
+
+def _training_rows(store: ActivationStore, config: TrainConfig) -> np.ndarray:
+    """Row numbers to train on: not held out, not BOS."""
+    n_train = store.n_train(config.holdout)
+    usable = store.usable_rows()
+    rows = np.arange(n_train, dtype=np.int64) if usable is None else usable[usable < n_train]
+    if len(rows) < config.batch_size:
+        raise OptionError(
+            f"{store.path}: {len(rows)} training rows are fewer than --batch-size {config.batch_size}; lower it"
+        )
+    if config.normalize == "rms" and min(store.stats().variance) <= 0:
+        raise InputError(f"{store.path}: the activations of one model never vary; nothing can be learned")
+    return rows
+
+
+def _start(crosscoder: Crosscoder, store: ActivationStore, shuffler: Shuffler, config: TrainConfig) -> None:
+    """Input scaling from the store, weights from the seed and the first batch."""
+    if config.normalize == "rms":
+        stats = store.stats()
+        crosscoder.input_mean.copy_(torch.tensor(stats.mean))
+        crosscoder.input_scale.copy_((store.d_model / torch.tensor(stats.variance)).sqrt())
+    first = shuffler.batch(0)
+    _require_finite(first, shuffler, 0)
+    crosscoder.initialize(crosscoder.normalize(first), init=config.init, seed=config.seed)
+
+
+def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Events, progress: Progress) -> None:
+    """Step to the end, with a log line and a checkpoint now and then."""
+    config = trainer.config
+    window: list[StepResult] = []
+    started = time.monotonic()
+    with progress.task("train", config.steps, "steps") as task:
+        task.advance(trainer.step_number)
+        for batch in shuffler.stream(trainer.step_number, config.steps):
+            _require_finite(batch, shuffler, trainer.step_number)
+            window.append(trainer.step(batch))
+            step = trainer.step_number
+            note = ""
+            if step % config.log_every == 0 or step == config.steps:
+                line = _log_line(window, config.batch_size)
+                seconds = time.monotonic() - started
+                tokens_per_second = round(len(window) * config.batch_size / seconds)
+                share_waited = round(shuffler.wait_seconds / max(time.monotonic() - started, 1e-9), 4)
+                events.write(
+                    "train", step=step, **line, tokens_per_second=tokens_per_second, loader_wait=share_waited
+                )
+                fve = " ".join(f"{v:.3f}" for v in line["fve"])
+                note = f"loss {line['loss']:.3f}  fve {fve}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}"
+                window, started = [], time.monotonic()
+                shuffler.wait_seconds = 0.0
+            task.advance(1, note)
+            if step % config.checkpoint_every == 0 and step < config.steps:
+                state = {"threads": torch.get_num_threads(), "config": config.model_dump()}
+                save_checkpoint(target / "checkpoints", step, trainer.crosscoder, trainer.state(), state)
+
+
+def _log_line(window: list[StepResult], batch_size: int) -> dict[str, Any]:
+    error = torch.stack([r.squared_error for r in window]).sum(dim=0)
+    spread = torch.stack([r.spread for r in window]).sum(dim=0)
+    return {
+        "loss": sum(r.loss for r in window) / len(window),
+        "fve": (1 - error / spread).tolist(),
+        "l0": sum(r.n_active for r in window) / (len(window) * batch_size),
+        "dead": window[-1].n_dead / window[-1].dict_size,
+        "k": window[-1].k,
+    }
+
+
+def _require_finite(batch: Tensor, shuffler: Shuffler, step: int) -> None:
+    finite = torch.isfinite(batch).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        row = int(shuffler.row_numbers(step)[int((~finite).nonzero()[0])])
+        raise InputError(f"row {row} of the store (step {step}) holds NaN or infinity; extract it again")
+
+
+def _evaluation_batches(store: ActivationStore, config: TrainConfig) -> Iterator[Tensor]:
+    """Held-out rows, or the first training rows when none are held out."""
+    start = store.n_train(config.holdout)
+    rows = np.arange(start, store.n_rows) if start < store.n_rows else np.arange(store.n_rows)
+    usable = store.usable_rows()
+    if usable is not None:
+        rows = np.intersect1d(rows, usable)
+    rows = rows[:_EVALUATION_ROWS].astype(np.int64)
+    for begin in range(0, len(rows), config.batch_size):
+        yield store.rows(rows[begin : begin + config.batch_size])
+
+
+def _report(quality: Quality, progress: Progress) -> None:
+    fve = ", ".join(f"{v:.3f}" for v in quality.fve)
+    progress.say(
+        f"train: fve {fve} on {quality.n_rows:,} held-out rows, l0 {quality.l0_mean:.1f}, "
+        f"{quality.dead_fraction:.1%} of latents silent there"
+    )
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """Use n CPU threads inside the block; 0 leaves torch's choice."""
+    before = torch.get_num_threads()
+    if n:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+__all__ = ["directory_of", "load_crosscoder", "train"]

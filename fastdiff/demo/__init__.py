@@ -1,0 +1,1 @@
+"""The offline demonstration: a corpus and tiny models with planted differences."""

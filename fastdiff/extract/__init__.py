@@ -1,0 +1,1 @@
+"""Text through two or more language models, into an activation store."""

@@ -1,0 +1,53 @@
+"""The whole road for one pair of models: extract → train → analyze → annotate → compare → report."""
+
+from pathlib import Path
+
+from fastdiff.analyze.analyze import analyze
+from fastdiff.annotate.annotate import annotate
+from fastdiff.compare.compare import compare
+from fastdiff.config import RunConfig
+from fastdiff.crosscoder.train import train
+from fastdiff.extract.harvest import extract
+from fastdiff.progress import SILENT, Progress
+from fastdiff.report.builder import build_report
+
+
+def label_pair(
+    config: RunConfig,
+    run: Path,
+    store: Path,
+    progress: Progress = SILENT,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """From text to labelled latents; stages that are done already are skipped by hash.
+
+    Args:
+        config: All stages.
+        run: Run directory.
+        store: Where the activations go.
+        progress: Where to report.
+        resume: Continue what was cut off; else start it anew.
+        overwrite: Replace results of another configuration.
+
+    Raises:
+        FastdiffError: What the stages raise.
+    """
+    extract(config.extract, store, progress, resume=resume, overwrite=overwrite)
+    train(store, run, config.train, progress, resume=resume, overwrite=overwrite)
+    analyze(run, config.analyze, progress)
+    annotate(run, config.annotate, progress)
+
+
+def run_pipeline(
+    config: RunConfig, run: Path, progress: Progress = SILENT, *, resume: bool = True, overwrite: bool = False
+) -> Path:
+    """All stages; the store is `<run>/acts`.
+
+    Returns:
+        The report.
+    """
+    label_pair(config, run, run / "acts", progress, resume=resume, overwrite=overwrite)
+    compare([run], run, config.compare, progress)
+    return build_report(run, progress)

@@ -1,0 +1,1 @@
+"""One HTML file that shows what a run found. Imports no torch."""

@@ -1,0 +1,212 @@
+"""The shapes of what the report reads: files of earlier stages, and a run put together from them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class RunName(_Model):
+    """A run as `statistics.json` names it; `path` is relative to the reported directory."""
+
+    name: str
+    path: str
+    base: str
+    tuned: str
+
+
+class Comparison(_Model):
+    """One family of category tests."""
+
+    name: str
+    side_a: str
+    side_b: str
+    total_a: int
+    total_b: int
+    explanation: str = ""
+
+
+class Statistics(_Model):
+    """`compare/statistics.json`."""
+
+    kind: Literal["pair", "triangulated"]
+    alpha: float
+    confidence: float
+    runs: list[RunName]
+    comparisons: list[Comparison]
+    verdict: list[str]
+    method: str = ""
+
+
+class Quality(_Model):
+    """How well the crosscoder reconstructs."""
+
+    fve: list[Number] = []
+    fve_pooled: Number = None
+    l0_mean: Number = None
+    dead_fraction: Number = None
+    rows: str = ""
+    n_rows: int | None = None
+
+
+class Histogram(_Model):
+    """Δ_norm of the latents that fire."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class Thresholds(_Model):
+    """Below these a latent is specific to one model."""
+
+    nu_error_max: float
+    nu_reconstruction_max: float
+
+
+class Summary(_Model):
+    """`analysis/summary.json`."""
+
+    n_tokens: int
+    dict_size: int
+    k: int | None = None
+    models: list[dict[str, Any]]
+    classes: dict[str, int]
+    specific: dict[str, int]
+    never_fired: int
+    quality: Quality
+    delta_norm_histogram: Histogram
+    thresholds: Thresholds
+
+
+class Label(_Model):
+    """One line of `annotate/labels.jsonl`."""
+
+    latent: int
+    label: str
+    category: str
+    confidence: Number = None
+    annotator: str = ""
+
+
+class Change(_Model):
+    """One planted change and what was observed of it."""
+
+    category: str
+    expected: Literal["lost", "gained"]
+    observed_points: Number = None
+    points_low: Number = None
+    points_high: Number = None
+    q: Number = None
+    recovered: bool
+
+
+class PlantedPair(_Model):
+    """The planted changes of one run."""
+
+    run: str
+    changes: list[Change]
+
+
+class Truth(_Model):
+    """`compare/truth.json`."""
+
+    pairs: list[PlantedPair]
+    sentence: str
+
+
+class Point(_Model):
+    """One line of `events.jsonl` that training wrote, without its time of day."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    step: int
+    loss: Number = None
+    fve: list[Number] | None = None
+    l0: Number = None
+    dead: Number = Field(None, validation_alias=AliasChoices("dead", "dead_fraction"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One context in which a latent fires: T tokens, T activations, and the index of the peak."""
+
+    sequence_id: int
+    position: int
+    dataset: str
+    category: str
+    activation: float
+    peak: int
+    tokens: list[str]
+    activations: list[float]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A latent that has examples; `why` is tuned, base or shared (the control sample)."""
+
+    latent: int
+    why: str
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV file: text as it stands there. In `analysis/latents.csv` row i is latent i."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    def text(self, name: str) -> list[str]:
+        """One column as text."""
+        i = self.columns.index(name)
+        return [row[i] for row in self.rows]
+
+    def numbers(self, name: str) -> np.ndarray:
+        """One column as float64 (F,); empty cells are NaN."""
+        return np.array([float(cell) if cell else math.nan for cell in self.text(name)], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All of one run that the report shows."""
+
+    name: str
+    path: Path
+    base: str
+    tuned: str
+    summary: Summary
+    latents: Table
+    labels: dict[int, Label]
+    top_tokens: list[list[str]]
+    cards: list[Card]
+    curves: list[Point]
+    settings: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    commands: list[str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A reported directory: its comparison and the runs it compares.
+
+    `categories` is `category_table` with its numbers read, one dict per row.
+    """
+
+    path: Path
+    statistics: Statistics
+    category_table: Table
+    categories: list[dict[str, Any]]
+    truth: Truth | None
+    runs: list[Run]
+    stages: dict[str, dict[str, Any]]
+    commands: list[str]

@@ -1,0 +1,293 @@
+"""Run directories: one writer at a time, whole files or none, and stages skipped by hash.
+
+    run/  fastdiff.yaml  manifest.json  events.jsonl  .lock  <stage>/…  <stage>/DONE.json
+
+A stage is a directory whose `DONE.json` is written last:
+
+    {"schema": 1, "stage": …, "key": …, "config": {…}, "inputs": {name: sha256}, "outputs": {path: sha256}}
+
+`key` is the sha256 of stage, config and inputs. A stage counts as done only while its key is the wanted one
+and every output still has the hash written there; a file that merely exists proves nothing. No hashed file
+holds the time of day.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import fastdiff
+from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
+
+SCHEMA = 1
+DONE = "DONE.json"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no NaN: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of UTF-8 text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in a directory survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Say in one line that the disk, or the user's share of it, is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{path}: no space left on the device; free some and run again") from error
+        raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to; rename it to `path` once the block has ended well.
+
+    Raises:
+        ResourceError: The disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with _full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            temporary.replace(path)
+            fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all. NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, schema: int | None = SCHEMA) -> Any:
+    """Read JSON and check its schema version.
+
+    Raises:
+        InputError: The file is missing, not JSON, or of another schema.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if schema is not None and (not isinstance(value, dict) or value.get("schema") != schema):
+        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+        raise InputError(
+            f"{path}: schema {found!r}, but this fastdiff ({fastdiff.__version__}) reads {schema}"
+        )
+    return value
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory's `.lock`, so that no second process writes there.
+
+    Raises:
+        LockedError: Another process holds it; the message says which.
+        OptionError: The directory cannot be made or written to.
+        ResourceError: The disk is full.
+    """
+    try:
+        with _full_disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = (directory / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(
+            f"{directory}: cannot be written to ({error.strerror}); choose another -o"
+        ) from error
+    with lock as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            f.seek(0)
+            holder = f.read().strip() or "another process"
+            raise LockedError(
+                f"{directory}: {holder} is writing here; wait for it or choose another -o"
+            ) from error
+        f.seek(0)
+        f.truncate()
+        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.flush()
+        yield
+
+
+def is_done(directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """True if `directory` holds this very stage, complete and unchanged."""
+    path = directory / DONE
+    if not path.exists():
+        return False
+    done = read_json(path)
+    if done.get("key") != _stage_key(stage, config, inputs):
+        return False
+    return _changed_output(directory, done) is None
+
+
+def begin(directory: Path) -> None:
+    """Take the stage's mark away before its files change."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / DONE).unlink(missing_ok=True)
+
+
+def finish(
+    directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], outputs: list[str]
+) -> None:
+    """Mark a stage as done: hash its outputs and write `DONE.json`."""
+    write_json(
+        directory / DONE,
+        {
+            "schema": SCHEMA,
+            "stage": stage,
+            "key": _stage_key(stage, config, inputs),
+            "config": dict(config),
+            "inputs": dict(inputs),
+            "outputs": {name: sha256_file(directory / name) for name in outputs},
+        },
+    )
+
+
+def require_done(directory: Path, command: str) -> dict[str, Any]:
+    """The stage's `DONE.json`.
+
+    Raises:
+        InputError: The stage has not run, was cut off, or one of its files has changed since.
+    """
+    if not (directory / DONE).exists():
+        raise InputError(f"{directory}: not there or not complete; run `{command}` first")
+    done: dict[str, Any] = read_json(directory / DONE)
+    changed = _changed_output(directory, done)
+    if changed is not None:
+        raise InputError(
+            f"{directory / changed}: gone or changed since it was written; run `{command}` again"
+        )
+    return done
+
+
+def _changed_output(directory: Path, done: Mapping[str, Any]) -> str | None:
+    """The first output that is gone or has another hash than its stage wrote down."""
+    for name, sha in done["outputs"].items():
+        if not (directory / name).is_file() or sha256_file(directory / name) != sha:
+            return str(name)
+    return None
+
+
+def _stage_key(stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    return sha256_text(canonical_json([stage, dict(config), dict(inputs)]))
+
+
+def record(run: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> None:
+    """Put a stage's resolved configuration in `fastdiff.yaml` and what it ran with in `manifest.json`.
+
+    Raises:
+        InputError: One of the two is there and cannot be read.
+    """
+    config_path, manifest_path = run / "fastdiff.yaml", run / "manifest.json"
+    try:
+        resolved = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{config_path}: not readable as YAML; delete it and run again") from error
+    if not isinstance(resolved, dict | None):
+        raise InputError(f"{config_path}: no sections in it; delete it and run again")
+    sections = {**(resolved or {}), stage: dict(config)}
+    write_text(config_path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+    manifest: dict[str, Any] = {"schema": SCHEMA, "stages": {}}
+    if manifest_path.exists():
+        manifest = read_json(manifest_path)
+    manifest["stages"][stage] = {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "versions": versions(),
+        **facts,
+    }
+    write_json(manifest_path, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, fastdiff and what its results depend on."""
+    found = {"python": platform.python_version(), "fastdiff": fastdiff.__version__}
+    for name in ("torch", "triton", "transformers", "tokenizers", "numpy", "h5py", "safetensors", "scipy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Events:
+    """The run's `events.jsonl`: one line per fact, appended, with the time of day."""
+
+    def __init__(self, run: Path):
+        run.mkdir(parents=True, exist_ok=True)
+        self._path = run / "events.jsonl"
+
+    def write(self, stage: str, **facts: Any) -> None:
+        """Append one line. A value that JSON cannot hold (NaN) becomes null.
+
+        Raises:
+            ResourceError: The disk is full.
+        """
+        line = {"time": round(time.time(), 3), "stage": stage, **facts}
+        with _full_disk(self._path), self._path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,299 @@
+"""The activation store, schema version 1: what its files hold, and how an empty shard is made.
+
+A store is a directory with `store.json` and one or more shards, `shard-00000.h5`, `shard-00001.h5`, …
+A shard is a plain HDF5 file. Row i of all its data sets is the same token; rows are in document order, and
+the shards follow one another in the order `store.json` lists them (without a list: by file name).
+
+    /activations   (n, M, D) bfloat16, float16 or float32: what each of the M models computed at that token
+    /token_ids     (n,) int32
+    /sequence_ids  (n,) int64: the document, unique over the whole store
+    /positions     (n,) int32: the position in the sequence
+    /roles         (n,) uint8: index into the roles of store.json
+    /sources       (n,) uint16: index into the sources of store.json
+    /crc32c        (⌈n/32⌉,) uint32: CRC-32C of the bytes of rows 32j … 32j+31 of /activations
+
+Only `/activations` is required; a side column is there in every shard or in none. All numbers are little
+endian. Model 0 is `base`, model 1 is `tuned`. bfloat16 is the HDF5 float type of 2 bytes with 1 sign, 8
+exponent and 7 mantissa bits and bias 127: HDF5 reads it as float32, exactly. HDF5 must not write it from
+float32: its rounding is away from zero at ties, and slow.
+
+All data sets are contiguous, uncompressed and allocated when the file is made; those of 4096 bytes or more
+begin at a multiple of 4096. Rows can therefore be read and written at `offset + row · M · D · itemsize`
+without the HDF5 library. No file holds the time of day, so equal contents are equal bytes.
+
+`store.json`, written last, is one JSON object; a directory without it is not a store. Required are
+`schema` (1) and `models` (one object with a `name`, or just the name, per model). Optional:
+
+    dtype              type of /activations
+    shards             [{"file", "n_rows", "sha256"}]
+    roles, sources     ["bos", "text", …], [{"dataset", "category"}]
+    tokenizer          facts about the tokenizer and chat template
+    datasets           facts about the data sets, with their fingerprints
+    stats              float64 statistics over the stored values of all rows whose role is not "bos":
+                       n_rows, mean [M][D], variance [M] (summed over D, divided by n), mean_norm [M]
+    vocabulary_sha256  sha256 of `vocabulary.json`, a JSON list: index token id, value display string
+    command, versions, config   how the store was made
+
+A shard's sha256 is over the bytes of `/crc32c`, then of `/token_ids`, `/sequence_ids`, `/positions`,
+`/roles` and `/sources`, as far as they exist, then of the JSON object
+{"dtype", "n_rows", "n_models", "d_model", "schema"} with sorted keys and no spaces.
+"""
+
+import errno
+import hashlib
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fastdiff.run import canonical_json
+
+SCHEMA = 1
+STORE_FILE = "store.json"
+VOCABULARY_FILE = "vocabulary.json"
+CRC_ROWS = 32
+ALIGNMENT = 4096
+
+# more than HDF5 needs beside the values (7 kB measured); the surplus is given back
+_METADATA_BYTES = 1 << 16
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+# in the order a shard's hash takes them
+COLUMNS: dict[str, np.dtype[Any]] = {
+    "token_ids": np.dtype("<i4"),
+    "sequence_ids": np.dtype("<i8"),
+    "positions": np.dtype("<i4"),
+    "roles": np.dtype("u1"),
+    "sources": np.dtype("<u2"),
+}
+
+
+class _Facts(BaseModel):
+    """Other tools may add facts of their own."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class ModelInfo(_Facts):
+    """One of the M models."""
+
+    name: str
+    revision: str | None = None
+    dtype: str | None = None
+    layer: int | None = None
+    hook: str | None = None
+    d_model: int | None = None
+    n_layers: int | None = None
+    weights_sha256: str | None = None
+
+
+class SourceInfo(_Facts):
+    """A data set, or the part of it with one category label."""
+
+    dataset: str
+    category: str | None = None
+
+
+class ShardInfo(_Facts):
+    """One file of the store."""
+
+    file: str
+    n_rows: int
+    sha256: str | None = None
+
+    @field_validator("file")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        if Path(value).name != value:
+            raise ValueError("a shard is named by a plain file name")
+        return value
+
+
+class Stats(_Facts):
+    """Float64 statistics of the stored values over all rows whose role is not "bos"."""
+
+    n_rows: int
+    mean: list[list[float]]
+    variance: list[float]
+    mean_norm: list[float]
+
+
+class StoreMeta(_Facts):
+    """`store.json`."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    models: list[ModelInfo] = Field(min_length=1)
+    dtype: DtypeName | None = None
+    shards: list[ShardInfo] | None = None
+    roles: list[str] | None = None
+    sources: list[SourceInfo] | None = None
+    tokenizer: dict[str, Any] | None = None
+    datasets: list[dict[str, Any]] | None = None
+    stats: Stats | None = None
+    vocabulary_sha256: str | None = None
+    command: list[str] | None = None
+    versions: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"name": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    def to_json(self) -> dict[str, Any]:
+        """The object to write; what is absent is left out."""
+        return self.model_dump(by_alias=True, exclude_none=True)
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard."""
+    return f"shard-{index:05d}.h5"
+
+
+def bfloat16_type() -> h5py.h5t.TypeFloatID:
+    """The HDF5 type of little-endian bfloat16, equal to HDF5 2.0's H5T_FLOAT_BFLOAT16LE."""
+    made = h5py.h5t.IEEE_F16LE.copy()
+    made.set_fields(15, 7, 8, 0, 7)
+    made.set_ebias(127)
+    return made
+
+
+def hdf5_type(dtype: str) -> h5py.h5t.TypeFloatID:
+    """The HDF5 type of `/activations` in a store of this dtype."""
+    if dtype == "bfloat16":
+        return bfloat16_type()
+    return {"float16": h5py.h5t.IEEE_F16LE, "float32": h5py.h5t.IEEE_F32LE}[dtype]
+
+
+def dtype_name(file_type: h5py.h5t.TypeID) -> DtypeName | None:
+    """Which of the three types a data set has, or None."""
+    names: tuple[DtypeName, ...] = ("bfloat16", "float16", "float32")
+    return next((name for name in names if file_type == hdf5_type(name)), None)
+
+
+def crc_blocks(n_rows: int) -> int:
+    """Length of `/crc32c`."""
+    return -(-n_rows // CRC_ROWS)
+
+
+def create_shard(path: Path, *, n_rows: int, n_models: int, d_model: int, dtype: DtypeName) -> dict[str, int]:
+    """Make a shard with all its space reserved and no values in it.
+
+    HDF5 works on a sparse file in memory, and what it wrote is copied: on a full disk the library itself
+    crashes the process (HDF5 2.0: segmentation fault in the flush after ENOSPC).
+
+    Args:
+        path: The file to make; one that exists is replaced.
+        n_rows: Rows of the shard, n.
+        n_models: M.
+        d_model: D.
+        dtype: Type of `/activations`.
+
+    Returns:
+        The byte offset in the file at which each data set begins.
+
+    Raises:
+        OSError: The disk, or a limit on file sizes, has no room.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"activations": (n_rows, n_models, d_model)}
+    types = {"activations": hdf5_type(dtype)}
+    for name, column in COLUMNS.items():
+        shapes[name], types[name] = (n_rows,), h5py.h5t.py_create(column)
+    shapes["crc32c"], types["crc32c"] = (crc_blocks(n_rows),), h5py.h5t.STD_U32LE
+    sizes = [math.prod(shapes[name]) * types[name].get_size() for name in shapes]
+    target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        os.posix_fallocate(target, 0, sum(sizes) + len(sizes) * ALIGNMENT + _METADATA_BYTES)
+        with os.fdopen(os.memfd_create("fastdiff-shard", os.MFD_CLOEXEC), "w+b", buffering=0) as memory:
+            offsets = _create_data_sets(memory, shapes, types)
+            os.truncate(target, os.fstat(memory.fileno()).st_size)
+            _copy_extents(memory.fileno(), target)
+    finally:
+        os.close(target)
+    return offsets
+
+
+def _create_data_sets(
+    to: io.FileIO, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, h5py.h5t.TypeID]
+) -> dict[str, int]:
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    # a fixed lower bound: what "earliest" writes differs between HDF5 releases
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_LATEST)
+    access.set_alignment(ALIGNMENT, ALIGNMENT)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, to)
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    layout.set_obj_track_times(False)
+    file = h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, fcpl=creation, fapl=access)
+    try:
+        offsets = {}
+        for name, shape in shapes.items():
+            space = h5py.h5s.create_simple(shape)
+            data_set = h5py.h5d.create(file, name.encode(), types[name], space, layout)
+            offsets[name] = int(data_set.get_offset())
+        return offsets
+    finally:
+        file.close()
+
+
+def _copy_extents(source: int, target: int) -> None:
+    """Copy what is not a hole."""
+    size = os.fstat(source).st_size
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(source, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        write_at(target, os.pread(source, end - start, start), start)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at a byte offset, however little each call takes."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+def shard_sha256(
+    crc32c: NDArray[np.uint32],
+    columns: Mapping[str, NDArray[Any]],
+    *,
+    n_rows: int,
+    n_models: int,
+    d_model: int,
+    dtype: str,
+) -> str:
+    """A shard's hash as the module's docstring defines it."""
+    digest = hashlib.sha256(np.ascontiguousarray(crc32c, "<u4").data)
+    for name, kind in COLUMNS.items():
+        if name in columns:
+            digest.update(np.ascontiguousarray(columns[name], kind).data)
+    facts = {"schema": SCHEMA, "n_rows": n_rows, "n_models": n_models, "d_model": d_model, "dtype": dtype}
+    digest.update(canonical_json(facts).encode())
+    return digest.hexdigest()

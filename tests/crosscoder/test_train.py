@@ -1,0 +1,176 @@
+"""The training stage: exact resume, skipping by hash, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.config import TrainConfig
+from fastdiff.crosscoder import train as stage
+from fastdiff.crosscoder.checkpoint import load_crosscoder
+from fastdiff.crosscoder.trainer import Trainer
+from fastdiff.errors import InputError, LockedError, OptionError
+from fastdiff.store.writer import StoreWriter
+
+D = 6
+
+
+def make_store(path, n=1200, bad_row=None, seed=0, constant=False):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.ones(n, 2, D) if constant else torch.randn(n, 2, D, generator=generator) @ torch.randn(D, D)
+    i = np.arange(n)
+    meta = {"models": [{"name": "b"}, {"name": "t"}], "roles": ["text"], "sources": [{"dataset": "d"}]}
+    with StoreWriter(path, n_rows=n, n_models=2, d_model=D, dtype="float32", shard_rows=500, meta=meta) as w:
+        w.append(x, token_ids=i, sequence_ids=i // 10, positions=i % 10, roles=i * 0, sources=i * 0)
+    if bad_row is not None:
+        import h5py
+
+        with h5py.File(path / "shard-00000.h5", "r+") as f:
+            f["activations"][bad_row, 1, 2] = np.nan
+    return path
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(
+        **{
+            "dict_size": 32,
+            "k": 4,
+            "steps": 40,
+            "batch_size": 64,
+            "lr": 1e-3,
+            "checkpoint_every": 10,
+            "log_every": 10,
+            "dead_tokens": 256,
+            "threads": 1,
+            **changes,
+        }
+    )
+
+
+def weights(run):
+    return (run / "crosscoder" / "seed-0" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, activation):
+    store = make_store(tmp_path / "acts")
+    stage.train(store, tmp_path / "whole", config(activation=activation))
+    step = Trainer.step
+
+    def dies(self, batch):
+        if self.step_number == 27:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stage.train(store, tmp_path / "cut", config(activation=activation))
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "crosscoder" / "seed-0" / "DONE.json").exists()
+    steps = []
+    monkeypatch.setattr(Trainer, "step", lambda self, b: steps.append(self.step_number) or step(self, b))
+    stage.train(store, tmp_path / "cut", config(activation=activation))
+    assert steps[0] == 20, "training must continue at the newest checkpoint"
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_no_resume_starts_anew_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "acts")
+    stage.train(store, tmp_path / "run", config())
+    before = weights(tmp_path / "run")
+    (tmp_path / "run" / "crosscoder" / "seed-0" / "DONE.json").unlink()
+    steps = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, b: steps.append(self.step_number) or step(self, b))
+    stage.train(store, tmp_path / "run", config(), resume=False)
+    assert steps[0] == 0 and weights(tmp_path / "run") == before
+
+
+def test_a_finished_run_is_skipped_and_a_touched_one_is_not(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "acts")
+    target = stage.train(store, tmp_path / "run", config())
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
+    stage.train(store, tmp_path / "run", config())
+    (target / "config.json").write_text("{}")
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        stage.train(store, tmp_path / "run", config())
+
+
+def test_another_configuration_is_refused_and_overwrite_replaces_it(tmp_path):
+    store = make_store(tmp_path / "acts")
+    stage.train(store, tmp_path / "run", config())
+    with pytest.raises(OptionError, match=r"was trained with --k 4, not 5.*--overwrite"):
+        stage.train(store, tmp_path / "run", config(k=5))
+    stage.train(store, tmp_path / "run", config(k=5), overwrite=True)
+    assert load_crosscoder(tmp_path / "run" / "crosscoder" / "seed-0")[1]["k"] == 5
+    with pytest.raises(OptionError, match="another store"):
+        stage.train(make_store(tmp_path / "other", seed=1), tmp_path / "run", config(k=5))
+
+
+def test_seeds_share_a_run_and_differ(tmp_path):
+    store = make_store(tmp_path / "acts")
+    a, b = (stage.train(store, tmp_path / "run", config(seed=s)) for s in (0, 1))
+    assert (a.name, b.name) == ("seed-0", "seed-1")
+    assert (a / "model.safetensors").read_bytes() != (b / "model.safetensors").read_bytes()
+
+
+def test_input_scaling_is_stored_and_right(tmp_path):
+    store = make_store(tmp_path / "acts")
+    crosscoder, _ = load_crosscoder(stage.train(store, tmp_path / "run", config(steps=2)))
+    import h5py
+
+    parts = []
+    for shard in sorted(store.glob("shard-*.h5")):
+        with h5py.File(shard) as f:
+            parts.append(f["activations"][:])
+    x = crosscoder.normalize(torch.from_numpy(np.concatenate(parts))).double()
+    torch.testing.assert_close(x.mean(0), torch.zeros(2, D).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.var(0, correction=0).sum(1), torch.full((2,), float(D)).double(), rtol=1e-5, atol=0)
+    plain, _ = load_crosscoder(stage.train(store, tmp_path / "plain", config(steps=2, normalize="none")))
+    assert torch.equal(plain.input_scale, torch.ones(2)) and not plain.input_mean.any()
+
+
+def test_events_hold_the_loss_fve_l0_and_dead_share(tmp_path):
+    stage.train(make_store(tmp_path / "acts"), tmp_path / "run", config())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["stage"] == "train"]
+    assert [line["step"] for line in trained] == [10, 20, 30, 40]
+    assert trained[-1]["loss"] < trained[0]["loss"] and len(trained[-1]["fve"]) == 2
+    assert all(0 < line["l0"] <= 4 and 0 <= line["dead"] <= 1 for line in trained)
+    assert lines[-1]["stage"] == "evaluate" and lines[-1]["n_rows"] > 0
+
+
+def test_nan_in_the_store_names_the_row(tmp_path):
+    store = make_store(tmp_path / "acts", bad_row=123)
+    with pytest.raises(InputError, match="row 123 of the store.*NaN"):
+        stage.train(store, tmp_path / "run", config())
+    assert not (tmp_path / "run" / "crosscoder" / "seed-0" / "DONE.json").exists()
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    store = make_store(tmp_path / "acts", n=100)
+    with pytest.raises(OptionError, match=r"99 training rows|90 training rows"):
+        stage.train(store, tmp_path / "run", config(batch_size=512))
+
+
+def test_constant_activations_are_refused(tmp_path):
+    store = make_store(tmp_path / "acts", constant=True)
+    with pytest.raises(InputError, match="never vary"):
+        stage.train(store, tmp_path / "run", config())
+
+
+def test_a_run_that_another_process_writes_is_refused(tmp_path):
+    store = make_store(tmp_path / "acts")
+    code = (
+        "import sys; from pathlib import Path; from fastdiff.run import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(LockedError, match=f"process {other.pid}"):
+            stage.train(store, tmp_path / "run", config())
+        other.stdin.close()
