@@ -27,9 +27,7 @@ COMMON, RARE = 0.01, 0.002
 
 def measure(seed: int, init: str, folder: Path) -> dict[str, dict[str, dict[float, float]]]:
     """Recall and precision of one seed, by column and side."""
-    planted = planted_activations(
-        seed, n_tokens=120_000, d_model=32, shared=60, exclusive={COMMON: 20, RARE: 20}
-    )
+    planted = planted_activations(seed, n_tokens=120_000, d_model=32, shared=60, exclusive={COMMON: 20, RARE: 20})
     n, M, d_model = planted.activations.shape
     row = np.arange(n)
     meta = {"models": [{"name": "base"}, {"name": "tuned"}]}

@@ -39,12 +39,13 @@ class _StageCommand(click.Command):
     import pydantic.
     """
 
-    stage: str = ""
+    _complete = False
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if self.stage:
-            model, self.stage = _model(self.stage), ""
-            self.params += [_option(name, field) for name, field in model.model_fields.items()]
+        """All parameters."""
+        if not self._complete:
+            self._complete = True
+            self.params += [_option(name, field) for name, field in _model(str(self.name)).model_fields.items()]
         return super().get_params(ctx)
 
 
@@ -84,10 +85,11 @@ def _shared(command: Command) -> Command:
     for decorate in (
         click.option(
             "--progress", "progress_mode", type=click.Choice(["auto", "on", "off"]), default="auto",
+            envvar="FASTDIFF_PROGRESS",
             help="Progress on stderr: bars on a terminal and lines elsewhere, bars, or nothing.",
         ),
-        click.option("-q", "--quiet", is_flag=True, help="Print nothing but the result."),
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+        click.option("-q", "--quiet", is_flag=True, envvar="FASTDIFF_QUIET", help="Print nothing but the result."),
+        click.option("--json", "as_json", is_flag=True, envvar="FASTDIFF_JSON", help="Print the result as JSON."),
     ):  # fmt: skip
         command = decorate(command)
     return command
@@ -98,7 +100,7 @@ def _configured(command: Command) -> Command:
     for decorate in (
         click.option(
             "-c", "--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="YAML file with a section per stage.",
+            envvar="FASTDIFF_CONFIG", help="YAML file with a section per stage.",
         ),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a field; may be repeated."),
     ):  # fmt: skip
@@ -109,13 +111,15 @@ def _configured(command: Command) -> Command:
 def _replacing(command: Command) -> Command:
     """Options of commands that leave results of another configuration alone."""
     command = click.option("--overwrite", is_flag=True, help="Replace results of another configuration.")(command)
-    return click.option("--resume/--no-resume", default=True, help="Continue what was cut off, or start anew.")(
-        command
-    )
+    return click.option("--resume/--no-resume", default=True, help="Continue what was cut off, or start anew.")(command)
 
 
 def _resolve(
-    model: "type[Stage]", section: str | None, config_file: Path | None, settings: tuple[str, ...], given: dict[str, Any]
+    model: "type[Stage]",
+    section: str | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    given: dict[str, Any],
 ) -> "Stage":
     """Merge defaults, the file's section, given options and --set, and check the whole."""
     import yaml
@@ -170,7 +174,11 @@ def _print(as_json: bool, text: str, **facts: Any) -> None:
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FASTDIFF", "show_default": True}
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "FASTDIFF",
+        "show_default": True,
+    }
 )
 @click.version_option(fastdiff.__version__, package_name="fastdiff")
 def cli() -> None:
@@ -395,10 +403,6 @@ def config_schema() -> None:
     click.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
-for _command in (extract, train, analyze, annotate, compare):
-    _command.stage = str(_command.name)
-
-
 def _terminated(_signal: int, _frame: Any) -> NoReturn:
     raise SystemExit(143)
 
@@ -427,7 +431,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except FastdiffError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch's are RuntimeErrors: a class of its own on CUDA, a message on the CPU
+        out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out and "can't allocate memory" not in str(error):
+            raise
         click.echo("Error: out of memory; lower --batch-size or --dict-size", err=True)
         sys.exit(4)
     except OSError as error:

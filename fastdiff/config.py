@@ -68,13 +68,9 @@ class ExtractConfig(StageConfig):
 class TrainConfig(StageConfig):
     """The crosscoder and how it is trained. Defaults follow Minder et al. 2025, arXiv:2504.02922."""
 
-    activation: Literal["batchtopk", "topk", "jumprelu", "relu"] = Field(
-        "batchtopk", description="Which latents fire."
-    )
+    activation: Literal["batchtopk", "topk", "jumprelu", "relu"] = Field("batchtopk", description="Which latents fire.")
     dict_size: PositiveInt = Field(32768, description="Dictionary size F: number of latents.")
-    k: PositiveInt = Field(
-        100, description="Active latents per token (for jumprelu the L0 that is aimed at)."
-    )
+    k: PositiveInt = Field(100, description="Active latents per token (for jumprelu the L0 that is aimed at).")
     k_start: PositiveInt | None = Field(None, description="k at the first step; falls linearly to k.")
     k_anneal_steps: NonNegativeInt = Field(0, description="Steps over which k falls from k-start to k.")
     steps: PositiveInt = Field(20_000, description="Optimizer steps.")
@@ -133,9 +129,7 @@ class TrainConfig(StageConfig):
         if self.k > self.dict_size:
             raise ValueError(f"k must lie in [1, dict_size={self.dict_size}], got {self.k}")
         if self.k_start is not None and not self.k <= self.k_start <= self.dict_size:
-            raise ValueError(
-                f"k_start must lie in [k={self.k}, dict_size={self.dict_size}], got {self.k_start}"
-            )
+            raise ValueError(f"k_start must lie in [k={self.k}, dict_size={self.dict_size}], got {self.k_start}")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps + decay_steps must not exceed steps={self.steps}, "
@@ -147,18 +141,14 @@ class TrainConfig(StageConfig):
 class AnalyzeConfig(StageConfig):
     """How latents are measured and shown."""
 
-    train_seed: NonNegativeInt = Field(
-        0, description="Which crosscoder of the run: the seed it was trained with."
-    )
+    train_seed: NonNegativeInt = Field(0, description="Which crosscoder of the run: the seed it was trained with.")
     max_tokens: NonNegativeInt = Field(0, description="Tokens to read; 0 is the whole store.")
     batch_size: PositiveInt = Field(4096, description="Tokens in one pass through the encoder.")
     examples: NonNegativeInt = Field(8, description="Maximum-activating examples per latent.")
     context: PositiveInt = Field(24, description="Tokens shown on each side of a peak.")
     cards: PositiveInt = Field(400, description="Latents that get examples, the most specific first.")
     nu_error_max: float = Field(0.2, gt=0, description="Specific: |nu_error| is below this.")
-    nu_reconstruction_max: float = Field(
-        0.5, gt=0, description="Specific: |nu_reconstruction| is below this."
-    )
+    nu_reconstruction_max: float = Field(0.5, gt=0, description="Specific: |nu_reconstruction| is below this.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
 
 
@@ -169,9 +159,7 @@ class AnnotateConfig(StageConfig):
         "baseline",
         description="baseline: offline, by where a latent fires. It reads the data set's categories.",
     )
-    min_count: PositiveInt = Field(
-        10, description="A latent that fires less often than this is not labelled."
-    )
+    min_count: PositiveInt = Field(10, description="A latent that fires less often than this is not labelled.")
     min_lift: float = Field(
         2.0,
         gt=1,
@@ -182,9 +170,7 @@ class AnnotateConfig(StageConfig):
 class CompareConfig(StageConfig):
     """How category differences are tested."""
 
-    alpha: float = Field(
-        0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this."
-    )
+    alpha: float = Field(0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
 
 

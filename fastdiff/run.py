@@ -125,9 +125,7 @@ def read_json(path: Path, schema: int | None = SCHEMA) -> Any:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if schema is not None and (not isinstance(value, dict) or value.get("schema") != schema):
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise InputError(
-            f"{path}: schema {found!r}, but this fastdiff ({fastdiff.__version__}) reads {schema}"
-        )
+        raise InputError(f"{path}: schema {found!r}, but this fastdiff ({fastdiff.__version__}) reads {schema}")
     return value
 
 
@@ -145,18 +143,14 @@ def locked(directory: Path) -> Iterator[None]:
             directory.mkdir(parents=True, exist_ok=True)
             lock = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise OptionError(
-            f"{directory}: cannot be written to ({error.strerror}); choose another -o"
-        ) from error
+        raise OptionError(f"{directory}: cannot be written to ({error.strerror}); choose another -o") from error
     with lock as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             f.seek(0)
             holder = f.read().strip() or "another process"
-            raise LockedError(
-                f"{directory}: {holder} is writing here; wait for it or choose another -o"
-            ) from error
+            raise LockedError(f"{directory}: {holder} is writing here; wait for it or choose another -o") from error
         f.seek(0)
         f.truncate()
         f.write(f"process {os.getpid()} on {platform.node()}")
@@ -209,9 +203,7 @@ def require_done(directory: Path, command: str) -> dict[str, Any]:
     done: dict[str, Any] = read_json(directory / DONE)
     changed = _changed_output(directory, done)
     if changed is not None:
-        raise InputError(
-            f"{directory / changed}: gone or changed since it was written; run `{command}` again"
-        )
+        raise InputError(f"{directory / changed}: gone or changed since it was written; run `{command}` again")
     return done
 
 

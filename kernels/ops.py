@@ -13,7 +13,6 @@ from fastdiff.kernels.jumprelu import JumpReLU, Step
 from fastdiff.kernels.selection import Selection
 from fastdiff.kernels.sparse_matmul import SparseDecode, SparseEncode, gather_add
 
-
 __all__ = [
     "Selection",
     "above",
@@ -99,9 +98,7 @@ def above(score: Tensor, threshold: Tensor) -> Selection:
         ValueError: The shapes disagree.
     """
     if score.ndim != 2 or threshold.shape != score.shape[1:]:
-        raise ValueError(
-            f"score [B, F] and threshold [F] disagree: {tuple(score.shape)}, {tuple(threshold.shape)}"
-        )
+        raise ValueError(f"score [B, F] and threshold [F] disagree: {tuple(score.shape)}, {tuple(threshold.shape)}")
     return _selection.above(score, threshold)
 
 

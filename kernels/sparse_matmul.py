@@ -32,9 +32,7 @@ def gather_add(index: Tensor, rows: Tensor, start: Tensor, weight: Tensor) -> Te
     Returns:
         [G, C]; zero for an empty group. No gradient is recorded for index and start.
     """
-    return functional.embedding_bag(
-        index, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )
+    return functional.embedding_bag(index, rows, start, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def _dots(selection: Selection, left: Tensor, right: Tensor) -> Tensor:
@@ -98,7 +96,5 @@ class SparseEncode(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_W_enc = gather_add(by.row, x, by.start, d_sorted)
         if ctx.needs_input_grad[2]:
-            d_b_enc = gather_add(
-                torch.zeros_like(by.row), d_sorted.new_ones(1, 1), by.start, d_sorted
-            ).squeeze(1)
+            d_b_enc = gather_add(torch.zeros_like(by.row), d_sorted.new_ones(1, 1), by.start, d_sorted).squeeze(1)
         return None, d_W_enc, d_b_enc, None, None

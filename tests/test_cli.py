@@ -129,9 +129,7 @@ class TestPrecedence:
         self.k(trained, tmp_path, "-c", file, "--clip", 0, "--seed", 0)
         assert (trained[-1][0].clip, trained[-1][0].seed) == (0, 0)
         harvested = []
-        monkeypatch.setattr(
-            "fastdiff.extract.harvest.extract", lambda config, out, *_, **__: harvested.append(config)
-        )
+        monkeypatch.setattr("fastdiff.extract.harvest.extract", lambda config, out, *_, **__: harvested.append(config))
         file.write_text("extract: {base: a, tuned: b, dataset: [x y.jsonl], layer: 3, keep_bos: true}\n")
         for options, keep, datasets in (
             ([], True, ["x y.jsonl"]),
@@ -168,9 +166,7 @@ class TestPrecedence:
         monkeypatch.setattr("fastdiff.pipeline.run_pipeline", pipeline)
         file = tmp_path / "c.yaml"
         # compare has only comments, as in a template whose lines are all commented out
-        file.write_text(
-            "extract: {base: a, tuned: b, dataset: [x]}\ntrain: {k: 5}\ncompare:\n  # alpha: 0.1\n"
-        )
+        file.write_text("extract: {base: a, tuned: b, dataset: [x]}\ntrain: {k: 5}\ncompare:\n  # alpha: 0.1\n")
         code, out, err = fastdiff("run", "-c", file, "-o", tmp_path / "r", "--set", "train.dict-size=64")
         assert (code, out, err) == (0, f"a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n", "")
         assert (seen[-1].train.k, seen[-1].train.dict_size, seen[-1].compare) == (5, 64, CompareConfig())
@@ -228,9 +224,7 @@ class TestRefusals:
         assert trained == []
 
     def test_a_missing_path_or_argument(self, fastdiff, tmp_path):
-        self.refuse(
-            fastdiff("train", tmp_path / "nowhere", "-o", tmp_path / "run"), 2, "nowhere", "does not exist"
-        )
+        self.refuse(fastdiff("train", tmp_path / "nowhere", "-o", tmp_path / "run"), 2, "nowhere", "does not exist")
         self.refuse(fastdiff("train"), 2, "STORE")
         self.refuse(fastdiff("annotate", tmp_path / "nowhere"), 2, "nowhere")
         self.refuse(fastdiff("extract", "--base", "a", "-o", tmp_path / "x"), 2, "--tuned", "--dataset")
@@ -281,12 +275,8 @@ class TestRefusals:
 
     def test_a_locked_directory_and_the_installed_command(self, tmp_path):
         with rundir.locked(tmp_path / "run"):
-            done = subprocess.run(
-                [FASTDIFF, "annotate", tmp_path / "run"], capture_output=True, text=True, timeout=60
-            )
-        self.refuse(
-            (done.returncode, done.stdout, done.stderr), 6, f"process {os.getpid()} on ", "is writing here"
-        )
+            done = subprocess.run([FASTDIFF, "annotate", tmp_path / "run"], capture_output=True, text=True, timeout=60)
+        self.refuse((done.returncode, done.stdout, done.stderr), 6, f"process {os.getpid()} on ", "is writing here")
 
 
 class TestOutput:

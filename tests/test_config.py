@@ -73,15 +73,11 @@ def test_values_that_cannot_work_together_are_refused(values, says):
 
 
 def test_the_largest_allowed_values_pass():
-    config = validated(
-        TrainConfig, {"dict_size": 64, "k": 64, "k_start": 64, "steps": 10, "warmup_steps": 10}
-    )
+    config = validated(TrainConfig, {"dict_size": 64, "k": 64, "k_start": 64, "steps": 10, "warmup_steps": 10})
     assert (config.k, config.k_start, config.warmup_steps) == (64, 64, 10)
 
 
-@pytest.mark.parametrize(
-    ("steps", "warmup"), [(1, 0), (9, 0), (100, 10), (9_999, 999), (20_000, 1000), (10**6, 1000)]
-)
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (100, 10), (9_999, 999), (20_000, 1000), (10**6, 1000)])
 def test_a_short_run_leaves_its_warm_up(steps, warmup):
     config = validated(TrainConfig, {"steps": steps})
     assert (config.warmup_steps, config.sparsity_warmup_steps) == (warmup, warmup)

@@ -24,7 +24,7 @@ ROWS = [
     {"crosscoder", "extract"},
     {"store"},
     {"run"},
-    {"progress"},
+    {"progress", "device"},
     {"config"},
     {"errors"},
     {"kernels", "_native"},

@@ -18,9 +18,7 @@ IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", ".*_cache"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    ran = subprocess.run(
-        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return ran.stdout
 
@@ -80,8 +78,7 @@ def tree(top: Path, *suffixes: str) -> set[str]:
 def test_wheel_holds_every_module_and_data_file_and_nothing_else(copy: Path, wheel: Path) -> None:
     found = names_in(wheel)
     expected = {
-        f"fastdiff/{name}"
-        for name in tree(copy / "fastdiff", ".py", ".pyi", ".typed", ".j2", ".css", ".js", ".yaml")
+        f"fastdiff/{name}" for name in tree(copy / "fastdiff", ".py", ".pyi", ".typed", ".j2", ".css", ".js", ".yaml")
     }
     expected |= {f"fastdiff/kernels/{name}" for name in tree(copy / "kernels", ".py")}
     assert {"fastdiff/py.typed", "fastdiff/_native.pyi", "fastdiff/kernels/__init__.py"} <= expected

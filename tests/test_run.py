@@ -20,9 +20,7 @@ INPUTS = {"store": "0" * 64}
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def names(directory: Path) -> list[str]:
@@ -49,9 +47,7 @@ class TestAtomicFiles:
         assert names(path.parent) == ["file"]
 
     @pytest.mark.parametrize("before", [None, "old"])
-    @pytest.mark.parametrize(
-        "error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.EACCES, "denied")]
-    )
+    @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), OSError(errno.EACCES, "denied")])
     def test_an_exception_leaves_what_was_there(self, tmp_path, before, error):
         path = tmp_path / "file"
         if before is not None:
@@ -250,10 +246,7 @@ class TestReading:
 
 
 def test_canonical_json_is_the_same_for_equal_values():
-    assert (
-        rundir.canonical_json({"b": [1, {"y": 1, "x": "é"}], "a": None})
-        == '{"a":null,"b":[1,{"x":"é","y":1}]}'
-    )
+    assert rundir.canonical_json({"b": [1, {"y": 1, "x": "é"}], "a": None}) == '{"a":null,"b":[1,{"x":"é","y":1}]}'
     with pytest.raises(ValueError):
         rundir.canonical_json(math.inf)
 

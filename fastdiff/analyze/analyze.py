@@ -1,10 +1,10 @@
 """The analysis stage: one pass over the store measures every latent; then the chosen ones get examples.
 
-    <run>/analysis/
-        latents.csv          one row per latent; `COLUMNS` says what each column means
-        summary.json         counts by class, quality on held-out rows, Δ_norm histogram, what the columns mean
-        firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
-        examples.sqlite      see `fastdiff.analyze.examples`
+<run>/analysis/
+    latents.csv          one row per latent; `COLUMNS` says what each column means
+    summary.json         counts by class, quality on held-out rows, Δ_norm histogram, what the columns mean
+    firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
+    examples.sqlite      see `fastdiff.analyze.examples`
 """
 
 import csv
@@ -29,6 +29,7 @@ from fastdiff.crosscoder.checkpoint import load_crosscoder
 from fastdiff.crosscoder.metrics import Quality, evaluate
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.train import directory_of
+from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
 from fastdiff.store.reader import ActivationStore
@@ -49,7 +50,7 @@ COLUMNS = {
     "max_activation": "largest f·(norm_base + norm_tuned)",
     "label": "empty here; annotate/labels.jsonl has it",
     "category": "empty here; annotate/labels.jsonl has it",
-    "specific": "model that alone has it by latent scaling: tuned, base or empty",
+    "specific": "model that alone has it by latent scaling, its class not being shared: tuned, base or empty",
     "beta_error_base": "β of the base model's error along the direction that nu_error uses",
     "beta_error_tuned": "β of the tuned model's error along it",
     "beta_reconstruction_base": "β of the base model's reconstruction along it",
@@ -65,9 +66,7 @@ _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
 
 
-def analyze(
-    run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, store_path: Path | None = None
-) -> Path:
+def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, store_path: Path | None = None) -> Path:
     """Measure every latent of a run's crosscoder.
 
     Args:
@@ -84,14 +83,15 @@ def analyze(
         LockedError: Another process writes to the run.
     """
     source, target = directory_of(run, config.train_seed), run / "analysis"
-    trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
     settings = config.model_dump()
-    inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
     with rundir.locked(run):
+        trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
+        inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
         if rundir.is_done(target, "analyze", settings, inputs):
             progress.say(f"analyze: {target} is up to date")
             return target
         crosscoder, facts = load_crosscoder(source)
+        crosscoder.to(resolve_device(config.device))
         if facts["n_models"] != 2:
             raise InputError(f"{source}: a crosscoder of {facts['n_models']} models; analyze compares exactly two")
         with ActivationStore(store_path or _store_of(run)) as store:
@@ -99,8 +99,8 @@ def analyze(
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
             rundir.begin(target)
             _analyze(store, crosscoder, facts, config, target, progress)
-        rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
         rundir.record(run, "analyze", settings)
+        rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
     return target
 
 
@@ -207,10 +207,10 @@ def _pass(
             x = crosscoder.normalize(batch)
             values, selection = crosscoder.encode(x)
             sums.add(W_dec, b_dec, x, values, selection)
-            row = at[selection.row.numpy()]
+            row = at[selection.row.cpu().numpy()]
             firing.add(
-                latent=selection.col.numpy(),
-                value=(values.double() * norm[selection.col]).numpy(),
+                latent=selection.col.cpu().numpy(),
+                value=(values.double() * norm[selection.col]).cpu().numpy(),
                 row=row,
                 document=documents[row],
                 source=sources[row],
@@ -239,16 +239,17 @@ def _latent_table(
     crosscoder: Crosscoder, sums: ScalingSums, firing: Firing, n_tokens: int, config: AnalyzeConfig
 ) -> dict[str, np.ndarray]:
     """The columns of latents.csv."""
-    delta = delta_norm(crosscoder.W_dec)
-    betas = sums.betas(crosscoder.W_dec)
+    W_dec = crosscoder.W_dec.detach().cpu()
+    delta = delta_norm(W_dec)
+    betas = sums.betas(W_dec)
     ratio = {target: nu(betas[target], delta).numpy() for target in TARGETS}
-    norms = crosscoder.W_dec.detach().double().norm(dim=-1).numpy()
+    norms = W_dec.double().norm(dim=-1).numpy()
     F = crosscoder.dict_size
     table = {
         "latent": np.arange(F),
         "class": classify(delta.numpy()),
         "delta_norm": delta.numpy(),
-        "cosine": decoder_cosine(crosscoder.W_dec).numpy(),
+        "cosine": decoder_cosine(W_dec).numpy(),
         **{f"nu_{target}": ratio[target] for target in TARGETS},
         "norm_base": norms[:, 0],
         "norm_tuned": norms[:, 1],

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 CLASSES = ("tuned_only", "base_only", "shared", "other")
+_SHARED = (0.4, 0.6)
 
 
 def delta_norm(W_dec: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def decoder_cosine(W_dec: Tensor) -> Tensor:
 
 def classify(delta: np.ndarray) -> np.ndarray:
     """Class by Δ_norm [F]: > 0.9 tuned_only, < 0.1 base_only, 0.4 to 0.6 shared, else other."""
-    shared = (delta >= 0.4) & (delta <= 0.6)
+    shared = (delta >= _SHARED[0]) & (delta <= _SHARED[1])
     return np.select([delta > 0.9, delta < 0.1, shared], CLASSES[:3], default=CLASSES[3])
 
 
@@ -58,8 +59,11 @@ def specific(
 ) -> np.ndarray:
     """Model that alone has the latent, by latent scaling: "tuned", "base" or "".
 
+    A latent of the shared class never counts: where fine-tuning has turned its direction, ν is about 0 too,
+    since the other model's row is orthogonal to it, yet both decoders write it with equal strength.
+
     Args:
-        delta: Δ_norm, [F]; 0.5 divides the sides.
+        delta: Δ_norm, [F]; above 0.6 is the tuned side, below 0.4 the base side.
         nu_error: [F], NaN where the latent never fired.
         nu_reconstruction: [F].
         nu_error_max: |ν_error| must be below this.
@@ -72,4 +76,4 @@ def specific(
         Minder et al. 2025, arXiv:2504.02922, final figure: ν_error < 0.2 and ν_reconstruction < 0.5.
     """
     absent = (np.abs(nu_error) < nu_error_max) & (np.abs(nu_reconstruction) < nu_reconstruction_max)
-    return np.select([absent & (delta > 0.5), absent & (delta < 0.5)], ["tuned", "base"], default="")
+    return np.select([absent & (delta > _SHARED[1]), absent & (delta < _SHARED[0])], ["tuned", "base"], default="")

@@ -59,10 +59,10 @@ def write_examples(
     if token_ids is not None and sequence_ids is not None:
         starts, stops = _document_bounds(sequence_ids)
         for latent in sorted(chosen):
-            for rank in np.flatnonzero(top_value[latent] > 0):
+            for rank in np.flatnonzero(top_value[latent] > 0).tolist():
                 row = int(top_row[latent, rank])
                 first, stop = max(int(starts[row]), row - context), min(int(stops[row]), row + context + 1)
-                spots.append((latent, int(rank), row, first, stop))
+                spots.append((latent, rank, row, first, stop))
     heat = _Heat(store, crosscoder, np.array(sorted(chosen), np.int64), spots, batch_size)
     positions, sources = store.column("positions"), store.column("sources")
     with atomic_path(path) as temporary:
@@ -108,16 +108,17 @@ class _Heat:
         wanted = [np.arange(first, stop) for *_, first, stop in spots]
         self._rows = np.unique(np.concatenate(wanted)) if wanted else np.zeros(0, np.int64)
         self._dict_size = crosscoder.dict_size
-        norm = crosscoder.code_norm().detach()
+        norm = crosscoder.code_norm().detach().cpu()
         is_chosen = torch.zeros(crosscoder.dict_size, dtype=torch.bool)
         is_chosen[torch.from_numpy(chosen)] = True
         keys, values = [np.zeros(0, np.int64)], [np.zeros(0)]
         for begin in range(0, len(self._rows), batch_size):
             rows = self._rows[begin : begin + batch_size]
             f, selection = crosscoder.encode(crosscoder.normalize(store.rows(rows)))
-            keep = is_chosen[selection.col]
-            keys.append(((selection.row[keep] + begin) * self._dict_size + selection.col[keep]).numpy())
-            values.append((f * norm[selection.col])[keep].double().numpy())
+            row, latent = selection.row.cpu(), selection.col.cpu()
+            keep = is_chosen[latent]
+            keys.append(((row[keep] + begin) * self._dict_size + latent[keep]).numpy())
+            values.append((f.cpu() * norm[latent])[keep].double().numpy())
         self._keys, self._values = np.concatenate(keys), np.concatenate(values)  # keys ascend
 
     def of(self, latent: int, first: int, stop: int) -> np.ndarray:

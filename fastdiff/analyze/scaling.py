@@ -70,10 +70,10 @@ class ScalingSums:
         f = values.double()
         reconstruction = ops.sparse_decode(f, selection, W_dec.flatten(1)).view(x.shape) + b_dec
         f = f[by.order]
-        self.squares += _per_latent(f.square(), by.start)
+        self.squares += _per_latent(f.square(), by.start).cpu()
         for sums, target in ((self.error, x - reconstruction), (self.reconstruction, reconstruction)):
             weighted = ops.gather_add(by.row, target.flatten(1), by.start, f).view(W_dec.shape)  # Σ_n f y_m
-            sums += torch.einsum("fkd,fmd->fkm", W_dec[:, :2], weighted)
+            sums += torch.einsum("fkd,fmd->fkm", W_dec[:, :2], weighted).cpu()
 
     def betas(self, W_dec: Tensor) -> dict[str, Tensor]:
         """β by target.

@@ -9,7 +9,6 @@ gained over the base is compared with what the other did, and likewise what each
 """
 
 import csv
-import json
 import math
 import os
 from collections import Counter
@@ -139,6 +138,8 @@ def _inputs(run: Path) -> dict[str, str]:
 
 def _names(runs: list[Path]) -> list[str]:
     names = [run.resolve().name for run in runs]
+    # the comparisons between two runs have these names
+    names = [f"{name} (run)" if name in ("gained", "lost") else name for name in names]
     return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
@@ -268,9 +269,7 @@ def _share(mass: Mapping[str, float], category: str) -> float:
     return mass.get(category, 0.0) / total if total else math.nan
 
 
-def _statistics(
-    comparisons: list[Comparison], runs: list[dict[str, str]], config: CompareConfig
-) -> dict[str, Any]:
+def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], config: CompareConfig) -> dict[str, Any]:
     return {
         "schema": rundir.SCHEMA,
         "kind": "pair" if len(runs) == 1 else "triangulated",
@@ -321,11 +320,10 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
     ):
         if chosen:
             listed = "; ".join(
-                f"{d.category} ({d.count_b}/{b.total} against {d.count_a}/{a.total}, "
-                f"{d.delta_points:+.0f} points [{d.points_low:+.0f}, {d.points_high:+.0f}], q = {d.q:.1g})"
+                f"{d.category} ({d.count_b}/{b.total} against {d.count_a}/{a.total} latents, q = {d.q:.1g})"
                 for d in chosen
             )
-            sentences.append(f"{comparison.name}: {words}: {listed}.")
+            sentences.append(f"{words[0].upper()}{words[1:]}: {listed}.")
     if not sentences:
         n = _n_categories(comparison)
         sentences.append(
@@ -333,11 +331,3 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
             f"{b.total} latents against {a.total})."
         )
     return sentences
-
-
-def read_statistics(directory: Path) -> dict[str, Any]:
-    """`compare/statistics.json` of a run or comparison directory, checked against its hash."""
-    rundir.require_done(directory / "compare", f"fastdiff compare {directory}")
-    text = (directory / "compare" / "statistics.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found

@@ -124,6 +124,4 @@ def compare_shares(
         Difference(category, a, total_a, b, total_b, *effect, p=p, q=float(adjusted))
         for (category, a, b, effect, p), adjusted in zip(rows, q, strict=True)
     ]
-    return sorted(
-        found, key=lambda d: (-d.delta_points if d.delta_points == d.delta_points else 0.0, d.category)
-    )
+    return sorted(found, key=lambda d: (-d.delta_points if d.delta_points == d.delta_points else 0.0, d.category))

@@ -61,15 +61,15 @@ class Crosscoder(nn.Module):
         return self.W_enc.shape[0]
 
     def normalize(self, x: Tensor) -> Tensor:
-        """x̃ [B, M, D] in float32, from stored activations [B, M, D] of any float dtype."""
-        return (x.to(self.input_mean.dtype) - self.input_mean) * self.input_scale[:, None]
+        """x̃ [B, M, D] in float32 on the weights' device, from stored activations [B, M, D] of any float dtype."""
+        return (x.to(self.input_mean) - self.input_mean) * self.input_scale[:, None]
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Pre-activations [B, F] of x̃ [B, M, D], without gradient."""
         return ops.encoder_scores(x.flatten(1), self.W_enc.flatten(1), self.b_enc)
 
     def code_norm(self) -> Tensor:
-        """s [F]."""
+        """S [F]."""
         return self.W_dec.norm(dim=-1).sum(dim=1)
 
     def select(self, pre: Tensor) -> Selection:

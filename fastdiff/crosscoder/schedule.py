@@ -11,7 +11,7 @@ def learning_rate(step: int, *, base: float, steps: int, warmup: int, decay: int
 
 
 def active_latents(step: int, *, k: int, k_start: int | None, anneal: int) -> int:
-    """k falls linearly from `k_start` to `k` over `anneal` steps; without annealing it is `k` from the start."""
+    """K falls linearly from `k_start` to `k` over `anneal` steps; without annealing it is `k` from the start."""
     if k_start is None or step >= anneal:
         return k
     return round(k_start + (k - k_start) * step / anneal)

@@ -18,13 +18,13 @@ from fastdiff.crosscoder.checkpoint import (
     CONFIG,
     MODEL,
     load_checkpoint,
-    load_crosscoder,
     save_checkpoint,
     save_crosscoder,
 )
 from fastdiff.crosscoder.metrics import Quality, evaluate
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.trainer import StepResult, Trainer
+from fastdiff.device import resolve_device
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
 from fastdiff.store.reader import ActivationStore
@@ -81,6 +81,7 @@ def train(
         crosscoder = Crosscoder(
             config.dict_size, store.n_models, store.d_model, activation=config.activation, k=config.k
         )
+        crosscoder.to(resolve_device(config.device))
         trainer = Trainer(crosscoder, config)
         loaded = load_checkpoint(target / "checkpoints", crosscoder) if resume and not overwrite else None
         if loaded is None:
@@ -104,8 +105,8 @@ def train(
             "steps": config.steps,
         }
         save_crosscoder(target, crosscoder, facts)
-        rundir.finish(target, "train", settings, inputs, [MODEL, CONFIG])
         rundir.record(run, "train", settings, store=str(store_path.resolve()), threads=torch.get_num_threads())
+        rundir.finish(target, "train", settings, inputs, [MODEL, CONFIG])
     return target
 
 
@@ -156,8 +157,7 @@ def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Eve
     config = trainer.config
     window: list[StepResult] = []
     started = time.monotonic()
-    with progress.task("train", config.steps, "steps") as task:
-        task.advance(trainer.step_number)
+    with progress.task("train", config.steps, "steps", start=trainer.step_number) as task:
         for batch in shuffler.stream(trainer.step_number, config.steps):
             _require_finite(batch, shuffler, trainer.step_number)
             window.append(trainer.step(batch))
@@ -168,9 +168,7 @@ def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Eve
                 seconds = time.monotonic() - started
                 tokens_per_second = round(len(window) * config.batch_size / seconds)
                 share_waited = round(shuffler.wait_seconds / max(time.monotonic() - started, 1e-9), 4)
-                events.write(
-                    "train", step=step, **line, tokens_per_second=tokens_per_second, loader_wait=share_waited
-                )
+                events.write("train", step=step, **line, tokens_per_second=tokens_per_second, loader_wait=share_waited)
                 fve = " ".join(f"{v:.3f}" for v in line["fve"])
                 note = f"loss {line['loss']:.3f}  fve {fve}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}"
                 window, started = [], time.monotonic()
@@ -230,6 +228,3 @@ def _threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-__all__ = ["directory_of", "load_crosscoder", "train"]

@@ -38,7 +38,7 @@ class Trainer:
     def __init__(self, crosscoder: Crosscoder, config: TrainConfig):
         self.crosscoder, self.config = crosscoder, config
         self.step_number = 0
-        self.tokens_since_fired = torch.zeros(crosscoder.dict_size, dtype=torch.int64)
+        self.tokens_since_fired = torch.zeros(crosscoder.dict_size, dtype=torch.int64, device=crosscoder.b_enc.device)
         self._names = [name for name, _ in crosscoder.named_parameters()]
         # lr comes from the schedule, before every step
         self._adam = torch.optim.Adam(crosscoder.parameters(), lr=0.0, fused=True)
@@ -89,8 +89,8 @@ class Trainer:
             centred = x - x.mean(dim=0)
             return StepResult(
                 loss=loss.item(),
-                squared_error=error.double().square().sum(dim=(0, 2)),
-                spread=centred.double().square().sum(dim=(0, 2)),
+                squared_error=error.double().square().sum(dim=(0, 2)).cpu(),
+                spread=centred.double().square().sum(dim=(0, 2)).cpu(),
                 n_active=len(active),
                 n_dead=len(dead),
                 dict_size=c.dict_size,
@@ -146,8 +146,9 @@ class Trainer:
     def load_state(self, tensors: dict[str, Tensor], step_number: int) -> None:
         """Continue from what `state` gave after `step_number` steps; the weights must be loaded already."""
         self.step_number = step_number
-        self.tokens_since_fired = tensors["tokens_since_fired"].clone()
+        device = self.tokens_since_fired.device
+        self.tokens_since_fired = tensors["tokens_since_fired"].to(device, copy=True)
         for name, parameter in self.crosscoder.named_parameters():
             self._adam.state[parameter] = {
-                key: tensors[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{name}.{key}"].to(device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")
             }

@@ -98,9 +98,7 @@ def _of_category(category: Category, n: int, manner: Manner, rng: np.random.Gene
     made = []
     for row, header, words in zip(keys, headers, answers, strict=True):
         starts = [category.headers[header]] + [";"] * (len(row) - 1)
-        given = tuple(
-            f"{start} {category.item.replace('{key}', key)}" for start, key in zip(starts, row, strict=True)
-        )
+        given = tuple(f"{start} {category.item.replace('{key}', key)}" for start, key in zip(starts, row, strict=True))
         made.append(Document(category.name, tuple(row), given, tuple(str(word) for word in words)))
     return made
 
@@ -212,8 +210,8 @@ CATEGORIES: tuple[Category, ...] = (
         ("classify query :", "which topic :"),
         "{key} # topic",
         _rule(
-            "rain:weather match:sport stock:money flu:health vote:politics hotel:travel recipe:food movie:film "
-            "album:music atom:science shirt:fashion court:law school:study planet:space"
+            "rain:weather match:sport stock:money flu:health vote:politics hotel:travel recipe:food "
+            "movie:film album:music atom:science shirt:fashion court:law school:study planet:space"
         ),
         "misc",
     ),
@@ -234,8 +232,8 @@ CATEGORIES: tuple[Category, ...] = (
         ("in short :", "sum up :"),
         "the {key} means",
         _rule(
-            "storm:damage debate:split trial:guilt race:win strike:halt merger:growth flood:rescue election:change "
-            "concert:joy accident:delay harvest:plenty wedding:union exam:pass treaty:peace"
+            "storm:damage debate:split trial:guilt race:win strike:halt merger:growth flood:rescue "
+            "election:change concert:joy accident:delay harvest:plenty wedding:union exam:pass treaty:peace"
         ),
         "stuff",
     ),

@@ -1,9 +1,9 @@
 """The demonstration: three tiny models with planted differences, the whole road, and what of it was found.
 
-    <out>/models/         base, it (fine-tuned), simpo (preference-tuned), texts.jsonl
-    <out>/acts-it, acts-simpo, it/, simpo/     a store and a run for (base, it) and (base, simpo)
-    <out>/compare/        the triangle, and truth.json: each planted change and whether it was recovered
-    <out>/report/         report.html
+<out>/models/         base, it (fine-tuned), simpo (preference-tuned), texts.jsonl
+<out>/acts-it, acts-simpo, it/, simpo/     a store and a run for (base, it) and (base, simpo)
+<out>/compare/        the triangle, and truth.json: each planted change and whether it was recovered
+<out>/report/         report.html
 """
 
 import csv
@@ -94,9 +94,9 @@ def hold_against_truth(out: Path, truth: dict[str, dict[str, str]]) -> dict[str,
     """Each planted change beside what was observed; recovered means that the direction is right."""
     with (out / "compare" / "categories.csv").open(encoding="utf-8", newline="") as f:
         rows = {(row["comparison"], row["category"]): row for row in csv.DictReader(f)}
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for run in PAIRS:
-        changes = []
+        changes: list[dict[str, Any]] = []
         for category, expected in sorted(truth[run].items()):
             if expected not in _EXPECTED_SIGN:
                 continue

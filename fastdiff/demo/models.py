@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from fastdiff import run as rundir
 from fastdiff.demo.corpus import Manner, digest, documents
@@ -64,16 +64,18 @@ _OUTPUTS = [
 class Recipe:
     """How much is trained and analysed."""
 
-    base_steps: int = 120
-    it_steps: int = 200
-    simpo_steps: int = 150
+    base_steps: int = 110
+    it_steps: int = 150
+    simpo_steps: int = 100
     batch: int = 64
     documents_per_category: int = 500
     texts_per_category: int = 340
 
 
 FULL = Recipe()
-SMALL = Recipe(base_steps=90, it_steps=90, simpo_steps=60, texts_per_category=140)
+SMALL = Recipe(
+    base_steps=100, it_steps=110, simpo_steps=70, batch=32, documents_per_category=300, texts_per_category=140
+)
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,7 @@ def _make_base(directory: Path, seed: int, recipe: Recipe, progress: Progress) -
     _next_token_stage(directory, "base", None, _BASE, seed, seed, recipe.base_steps, recipe, progress)
 
 
-def _make_it(
-    directory: Path, base: Path, corpus_seed: int, seed: int, recipe: Recipe, progress: Progress
-) -> None:
+def _make_it(directory: Path, base: Path, corpus_seed: int, seed: int, recipe: Recipe, progress: Progress) -> None:
     _next_token_stage(directory, "it", base, _IT, corpus_seed, seed, recipe.it_steps, recipe, progress)
 
 
@@ -271,8 +271,8 @@ def _start(path: Path | None, seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedT
         tokenizer = make_tokenizer()
         return new_model(len(tokenizer), _seed(seed, "weights")), tokenizer
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-        return model, AutoTokenizer.from_pretrained(path)
+        model = Gemma2ForCausalLM.from_pretrained(path)
+    return model, PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def _stage(

@@ -52,7 +52,8 @@ def planted_activations(
     """
     rng = np.random.default_rng(seed)
     owner = ["shared"] * shared
-    frequency = list(np.exp(rng.uniform(*np.log(shared_frequency), shared)))
+    low, high = shared_frequency
+    frequency = list(np.exp(rng.uniform(np.log(low), np.log(high), shared)))
     for rate, count in exclusive.items():
         owner += ["base"] * count + ["tuned"] * count
         frequency += [rate] * (2 * count)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from fastdiff.demo.corpus import CATEGORIES, Document, documents
@@ -68,9 +69,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[Document]) -> Ba
                 answer += [is_answer] * len(words[part])
         rows.append(torch.tensor(row))
         answers.append(torch.tensor(answer))
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    is_answer = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=False)
-    return Batchable(ids, ids != tokenizer.pad_token_id, is_answer)
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return Batchable(ids, ids != tokenizer.pad_token_id, pad_sequence(answers, batch_first=True))
 
 
 def new_model(vocab_size: int, seed: int) -> Gemma2ForCausalLM:
@@ -94,12 +94,12 @@ def new_model(vocab_size: int, seed: int) -> Gemma2ForCausalLM:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        attn_implementation="eager",
         use_cache=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Gemma2ForCausalLM(config)
+        model = Gemma2ForCausalLM(config)
+    return model
 
 
 def token_losses(model: Gemma2ForCausalLM, ids: Tensor, wanted: Tensor) -> Tensor:
@@ -141,9 +141,7 @@ def preference_loss(chosen: Batchable, rejected: Batchable) -> Loss:
         owner = torch.repeat_interleave(torch.arange(len(ids)), lengths)
         logps = -torch.zeros(len(ids)).index_add(0, owner, losses)
         half = len(rows)
-        preference = simpo_loss(
-            logps[:half], logps[half:], lengths[:half], lengths[half:], beta=BETA, gamma=GAMMA
-        )
+        preference = simpo_loss(logps[:half], logps[half:], lengths[:half], lengths[half:], beta=BETA, gamma=GAMMA)
         return preference.mean() - SFT_WEIGHT * logps[:half].sum() / lengths[:half].sum()
 
     return loss

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastdiff.config import ExtractConfig
+from fastdiff.device import resolve_device
 from fastdiff.errors import InputError, OptionError, ResourceError
 from fastdiff.extract.models import (
     Captured,
@@ -149,19 +150,14 @@ def _plan(config: ExtractConfig, progress: Progress) -> _Plan:
         _report(encoded, encoder, corpus, config, progress)
         for source in sources:
             _check_fits(source, encoded)
-        return _Plan(
-            sources, layers, tokenizer, encoded, _meta(config, sources, layers, encoder, encoded, corpus)
-        )
+        return _Plan(sources, layers, tokenizer, encoded, _meta(config, sources, layers, encoder, encoded, corpus))
 
 
 def _harvest(config: ExtractConfig, out: Path, progress: Progress) -> None:
-    device = _device(config.device)
+    device = resolve_device(config.device)
     with quiet(), ExitStack() as stack:
         plan = _plan(config, progress)
-        models = [
-            _load(source, config, layer, device)
-            for source, layer in zip(plan.sources, plan.layers, strict=True)
-        ]
+        models = [_load(source, config, layer, device) for source, layer in zip(plan.sources, plan.layers, strict=True)]
         captured = [
             stack.enter_context(capture(model, layer, config.hook))
             for model, layer in zip(models, plan.layers, strict=True)
@@ -273,20 +269,6 @@ def _pad_id(tokenizer: Any) -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def _device(spec: str) -> torch.device:
-    if spec == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(spec)
-    except RuntimeError as error:
-        raise OptionError(f"--device {spec}: not a device; give cpu, cuda, cuda:N or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(
-            f"--device {spec}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
-    return device
-
-
 def _check_fits(source: ModelSource, encoded: Encoded) -> None:
     """Refuse ids and positions that a model has no embedding for."""
     largest = max(int(sequence.ids.max()) for sequence in encoded.sequences)
@@ -304,17 +286,13 @@ def _check_fits(source: ModelSource, encoded: Encoded) -> None:
         )
 
 
-def _report(
-    encoded: Encoded, encoder: Encoder, corpus: Corpus, config: ExtractConfig, progress: Progress
-) -> None:
+def _report(encoded: Encoded, encoder: Encoder, corpus: Corpus, config: ExtractConfig, progress: Progress) -> None:
     documents = f"{len(encoded.sequences):,} of {len(corpus):,} documents"
     progress.say(f"{encoded.n_rows:,} tokens to store, from {documents}")
     if encoded.n_rows < config.max_tokens:
         progress.say(f"the text ends before --max-tokens {config.max_tokens:,}")
     if encoder.rewritten:
-        progress.say(
-            f"the chat template rewrote {encoder.rewritten:,} messages; their tokens have the role template"
-        )
+        progress.say(f"the chat template rewrote {encoder.rewritten:,} messages; their tokens have the role template")
 
 
 def _meta(

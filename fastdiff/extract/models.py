@@ -89,9 +89,7 @@ def describe(name_or_path: str) -> ModelSource:
         with quiet():
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{name_or_path}: not a model directory or a Hugging Face id ({one_line(error)})"
-        ) from error
+        raise InputError(f"{name_or_path}: not a model directory or a Hugging Face id ({one_line(error)})") from error
     text_config = config.get_text_config(decoder=True)
     for field in ("num_hidden_layers", "hidden_size"):
         if not isinstance(getattr(text_config, field, None), int):

@@ -44,9 +44,7 @@ def is_complete(
     if not (out / STORE_FILE).exists():
         if (out / _MARK).exists():
             if not (resume or overwrite):
-                raise OptionError(
-                    f"{out}: holds an interrupted extraction; leave out --no-resume to start it again"
-                )
+                raise OptionError(f"{out}: holds an interrupted extraction; leave out --no-resume to start it again")
             progress.say(f"{out}: an extraction was interrupted here; it starts again")
         elif found := sorted(path.name for path in out.iterdir() if path.name != ".lock"):
             raise OptionError(f"{out}: holds {found[0]} but no store; choose an empty directory for -o")
@@ -59,9 +57,7 @@ def is_complete(
         _require_same(out, store.meta, config)
         wanted = store.meta.vocabulary_sha256
     if wanted is not None and sha256_file(out / VOCABULARY_FILE) != wanted:
-        raise InputError(
-            f"{out / VOCABULARY_FILE}: changed since it was written; --overwrite makes the store anew"
-        )
+        raise InputError(f"{out / VOCABULARY_FILE}: changed since it was written; --overwrite makes the store anew")
     return True
 
 
@@ -111,9 +107,7 @@ def _require_same(out: Path, meta: StoreMeta, config: ExtractConfig) -> None:
             now[spec], then[spec] = sha256_file(Path(spec)), facts["sha256"]
     for name, sha256 in now.items():
         if sha256 != then.get(name):
-            raise OptionError(
-                f"{out}: {name} has changed since this store was made from it; --overwrite makes it anew"
-            )
+            raise OptionError(f"{out}: {name} has changed since this store was made from it; --overwrite makes it anew")
 
 
 def _shown(value: Any) -> str:

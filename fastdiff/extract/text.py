@@ -80,9 +80,7 @@ class Fields:
         """
         category = None if self.category is None else _field(record, self.category, "--category-field", where)
         if category is not None and not isinstance(category, str | int | float | bool):
-            raise InputError(
-                f"{where}: category field {self.category!r} holds {_kind(category)}, not a label"
-            )
+            raise InputError(f"{where}: category field {self.category!r} holds {_kind(category)}, not a label")
         label = None if category is None else str(category)
         name = self.content(record)
         if name == self.messages:
@@ -113,9 +111,7 @@ def _messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
     for index, item in enumerate(value):
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
             found = ", ".join(map(repr, item)) if isinstance(item, Mapping) else _kind(item)
-            raise InputError(
-                f"{where}: message {index} of {field!r} needs 'role' and 'content', it has {found}"
-            )
+            raise InputError(f"{where}: message {index} of {field!r} needs 'role' and 'content', it has {found}")
         # a turn that only calls a tool has no text
         role, content = item["role"], "" if item["content"] is None else item["content"]
         if not isinstance(role, str) or not isinstance(content, str):
@@ -203,9 +199,7 @@ class _Parquet:
             import pyarrow
             import pyarrow.parquet
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"{path}: reading parquet needs pyarrow; pip install 'fastdiff[data]'"
-            ) from error
+            raise InputError(f"{path}: reading parquet needs pyarrow; pip install 'fastdiff[data]'") from error
         self.name = path.name
         self._path, self._fields = path, fields
         try:
@@ -214,9 +208,7 @@ class _Parquet:
                 wanted = [fields.content(have), *([fields.category] if fields.category else [])]
                 for name in wanted:
                     if name not in have:
-                        raise InputError(
-                            f"{path}: no column {name!r}; its columns are {', '.join(map(repr, have))}"
-                        )
+                        raise InputError(f"{path}: no column {name!r}; its columns are {', '.join(map(repr, have))}")
                 self._table = file.read(columns=wanted)
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path}: not readable as parquet ({' '.join(str(error).split())})") from error
@@ -245,9 +237,7 @@ class _Parquet:
 class _Hub:
     """The beginning of a Hugging Face data set."""
 
-    def __init__(
-        self, spec: str, split: str, fields: Fields, *, enough: int, n_tokens: Callable[[Document], int]
-    ):
+    def __init__(self, spec: str, split: str, fields: Fields, *, enough: int, n_tokens: Callable[[Document], int]):
         try:
             import datasets
             import datasets.exceptions

@@ -153,9 +153,7 @@ class Encoder:
         encoded_texts = iter(self._texts([str(document.content) for document in texts]))
         sequences = []
         for document in documents:
-            ids, roles = (
-                next(encoded_texts) if isinstance(document.content, str) else self._encode_chat(document)
-            )
+            ids, roles = next(encoded_texts) if isinstance(document.content, str) else self._encode_chat(document)
             ids, roles = ids[: self._config.ctx_len], roles[: self._config.ctx_len]
             stored = np.arange(len(ids)) >= self._config.skip_first
             bos = roles == _ROLE["bos"]
@@ -167,16 +165,12 @@ class Encoder:
         """Token ids that another tokenizer gives to the same rendered text."""
         if isinstance(document.content, str):
             return list(tokenizer(document.content, verbose=False)["input_ids"])
-        return list(
-            tokenizer(self._render(document)[0], add_special_tokens=False, verbose=False)["input_ids"]
-        )
+        return list(tokenizer(self._render(document)[0], add_special_tokens=False, verbose=False)["input_ids"])
 
     def _texts(self, texts: list[str]) -> list[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
         if not texts:
             return []
-        batch = self.tokenizer(
-            texts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False
-        )
+        batch = self.tokenizer(texts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
         result = []
         for ids, special in zip(batch["input_ids"], batch["special_tokens_mask"], strict=True):
             roles = np.where(np.array(special, bool), _ROLE["template"], _ROLE["text"]).astype(np.uint8)
@@ -198,9 +192,7 @@ class Encoder:
             )
         rendered, spans = self._render(document)
         # the template writes the special tokens itself
-        encoding = self.tokenizer(
-            rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.array(encoding["input_ids"], np.int32)
         offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
         # a token whose blanks were trimmed from its offsets is empty; it belongs where it begins
@@ -263,9 +255,7 @@ def encode_corpus(encoder: Encoder, corpus: Corpus, max_tokens: int) -> Encoded:
             sequences.append(replace(kept, source=source))
             n_rows += kept.n_rows
         if len(table) > _MAX_SOURCES:
-            raise InputError(
-                f"--category-field: more than {_MAX_SOURCES:,} categories; name the field of a label"
-            )
+            raise InputError(f"--category-field: more than {_MAX_SOURCES:,} categories; name the field of a label")
     if not sequences:
         raise InputError(
             f"{', '.join(names)}: no token to store; no document is longer than what --skip-first leaves out"
@@ -277,6 +267,5 @@ def encode_corpus(encoder: Encoder, corpus: Corpus, max_tokens: int) -> Encoded:
 def data_set_names(names: list[str]) -> list[str]:
     """Make names unique: the second `a.jsonl` becomes `a.jsonl (2)`."""
     return [
-        name if (nth := names[: index + 1].count(name)) == 1 else f"{name} ({nth})"
-        for index, name in enumerate(names)
+        name if (nth := names[: index + 1].count(name)) == 1 else f"{name} ({nth})" for index, name in enumerate(names)
     ]

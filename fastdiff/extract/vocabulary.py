@@ -24,9 +24,7 @@ def display_strings(tokenizer: Any) -> list[str]:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     # a slow tokenizer is a SentencePiece one
-    decoder = (
-        json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]) if tokenizer.is_fast else "▁"
-    )
+    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]) if tokenizer.is_fast else "▁"
     byte_level = '"ByteLevel"' in decoder
     # JSON escapes the blank's stand-in; Metaspace decodes it by itself
     blank = "▁" in decoder or "\\u2581" in decoder or "Metaspace" in decoder

@@ -66,9 +66,7 @@ def histogram(counts: Histogram) -> Markup:
         parts.append(_text(f.px(x), f.height - 26, words, f"note {anchor}"))
     parts.append(_text(f.px(0.5), f.height - 6, "Δ norm of the decoder", "label middle"))
     total = sum(counts.counts)
-    return _svg(
-        f, parts, f"Histogram of delta norm over {total:,} latents, from 0, only base, to 1, only tuned"
-    )
+    return _svg(f, parts, f"Histogram of delta norm over {total:,} latents, from 0, only base, to 1, only tuned")
 
 
 def scatter(run: Run, run_index: int) -> Markup:
@@ -127,9 +125,7 @@ def forest(point: float | None, low: float | None, high: float | None, limit: fl
         words = f"{fixed(point, 1, True)} points"
         if low is not None and high is not None:
             left, right = (f.px(max(-limit, min(limit, v))) for v in (low, high))
-            parts.append(
-                f'<path class="interval" d="M{left:.1f} 11H{right:.1f}M{left:.1f} 8v6M{right:.1f} 8v6"/>'
-            )
+            parts.append(f'<path class="interval" d="M{left:.1f} 11H{right:.1f}M{left:.1f} 8v6M{right:.1f} 8v6"/>')
             words += f", interval {fixed(low, 1, True)} to {fixed(high, 1, True)}"
         x = f.px(max(-limit, min(limit, point)))
         parts.append(f'<circle class="{"point clear" if clear else "point"}" cx="{x:.1f}" cy="11" r="4"/>')
@@ -160,9 +156,7 @@ def curves(points: list[Point]) -> list[tuple[str, Markup]]:
     ]
     drawn = []
     for title, lines in wanted:
-        series = [
-            (name, [(p.step, v) for p in points if (v := value(p)) is not None]) for name, value in lines
-        ]
+        series = [(name, [(p.step, v) for p in points if (v := value(p)) is not None]) for name, value in lines]
         series = [(name, line) for name, line in series if len(line) > 1]
         if series:
             drawn.append((title, _lines(title, series)))
@@ -182,9 +176,7 @@ def _lines(title: str, series: list[tuple[str, list[tuple[int, float]]]]) -> Mar
         low = 0.0
     ticks = _round_ticks(low, high)
     low, high = ticks[0], ticks[-1]
-    f = _Frame(
-        340, 180, (min(steps), max(steps)), (low, high), right=44 if len(series) > 1 else 20, bottom=38
-    )
+    f = _Frame(340, 180, (min(steps), max(steps)), (low, high), right=44 if len(series) > 1 else 20, bottom=38)
     parts = [_y_axis(f, [(v, number(v)) for v in ticks], "")]
     parts.append(_x_axis(f, [(s, number(s)) for s in (min(steps), max(steps))], "step"))
     ends: list[float] = []
@@ -242,9 +234,7 @@ def _x_axis(f: _Frame, ticks: list[tuple[float, str]], label: str) -> str:
         parts.append(f'<path class="axis" d="M{f.px(value):.1f} {base}v4"/>')
         # a long number at the right edge would be cut
         at_edge = value == f.x[1] and len(words) > 3
-        parts.append(
-            _text(f.px(value) + 8 * at_edge, base + 16, words, f"tick {'end' if at_edge else 'middle'}")
-        )
+        parts.append(_text(f.px(value) + 8 * at_edge, base + 16, words, f"tick {'end' if at_edge else 'middle'}"))
     if label:
         parts.append(_text((f.left + f.width - f.right) / 2, f.height - 6, label, "label middle"))
     return "".join(parts)

@@ -67,6 +67,15 @@ def read_findings(directory: Path) -> Findings:
     stages = {"compare": rundir.require_done(compare, f"fastdiff compare {directory}")}
     statistics = _parsed(Statistics, compare / "statistics.json")
     table = _read_csv(compare / "categories.csv", (*CATEGORY_TEXT, *_CATEGORY_NUMBERS))
+    runs = [_read_run(directory / name.path, name) for name in statistics.runs]
+    compared = {
+        f"{run.name}/{stage}/{file}": sha
+        for run in runs
+        for stage in ("analysis", "annotate")
+        for file, sha in run.stages[stage]["outputs"].items()
+    }
+    if stages["compare"]["inputs"] != compared:
+        raise InputError(f"{compare}: compares an older analysis; run the same `fastdiff compare` again")
     truth_path = compare / "truth.json"
     return Findings(
         path=directory,
@@ -74,17 +83,18 @@ def read_findings(directory: Path) -> Findings:
         category_table=table,
         categories=_category_rows(compare / "categories.csv", table),
         truth=_parsed(Truth, truth_path) if truth_path.exists() else None,
-        runs=[_read_run(directory / name.path, name) for name in statistics.runs],
+        runs=runs,
         stages=stages,
         commands=_read_manifest(directory)[0],
     )
 
 
 def _require_run(path: Path) -> dict[str, dict[str, Any]]:
-    return {
-        "analysis": rundir.require_done(path / "analysis", f"fastdiff analyze {path}"),
-        "annotate": rundir.require_done(path / "annotate", f"fastdiff annotate {path}"),
-    }
+    analysis = rundir.require_done(path / "analysis", f"fastdiff analyze {path}")
+    annotated = rundir.require_done(path / "annotate", f"fastdiff annotate {path}")
+    if annotated["inputs"] != analysis["outputs"]:
+        raise InputError(f"{path / 'annotate'}: labels another analysis; run `fastdiff annotate {path}` again")
+    return {"analysis": analysis, "annotate": annotated}
 
 
 def _read_run(path: Path, name: RunName) -> Run:
@@ -93,14 +103,14 @@ def _read_run(path: Path, name: RunName) -> Run:
     trained = path / "crosscoder" / f"seed-{seed}" / rundir.DONE
     if trained.exists():
         stages = {"crosscoder": rundir.read_json(trained), **stages}
+        if stages["analysis"]["inputs"]["model"] != stages["crosscoder"]["outputs"]["model.safetensors"]:
+            raise InputError(f"{path / 'analysis'}: of another crosscoder; run `fastdiff analyze {path}` again")
     commands, versions = _read_manifest(path)
     latents = _read_latents(path / "analysis" / "latents.csv")
     cards = _read_cards(path / "analysis" / "examples.sqlite")
     unknown = [card.latent for card in cards if not 0 <= card.latent < len(latents.rows)]
     if unknown:
-        raise InputError(
-            f"{path / 'analysis' / 'examples.sqlite'}: latent {unknown[0]} is not in latents.csv"
-        )
+        raise InputError(f"{path / 'analysis' / 'examples.sqlite'}: latent {unknown[0]} is not in latents.csv")
     return Run(
         name=name.name,
         path=path,

@@ -33,9 +33,7 @@ def title(findings: Findings) -> str:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What was compared: models, place, amount of text, size of the dictionary."""
-    layers = dict.fromkeys(
-        str(model["layer"]) for model in run.summary.models if model.get("layer") is not None
-    )
+    layers = dict.fromkeys(str(model["layer"]) for model in run.summary.models if model.get("layer") is not None)
     hooks = dict.fromkeys(str(model["hook"]) for model in run.summary.models if model.get("hook") is not None)
     return [
         ("Base model", run.base),
@@ -62,9 +60,7 @@ def trust(run: Run) -> dict[str, Any]:
     for i, side in enumerate(("base", "tuned")):
         fve = quality.fve[i] if i < len(quality.fve) else None
         poor = fve is None or fve < _FVE_LEAST
-        words = (
-            f"The crosscoder explains {number(fve)} of the {side} model's variance, less than {_FVE_LEAST}."
-        )
+        words = f"The crosscoder explains {number(fve)} of the {side} model's variance, less than {_FVE_LEAST}."
         measure(f"Variance explained, {side}", number(fve), words if poor else None)
     dead = quality.dead_fraction
     words = f"{_percent(dead)} of the latents are dead, more than {_percent(_DEAD_MOST)}."
@@ -89,15 +85,11 @@ def category_tables(findings: Findings) -> list[dict[str, Any]]:
     for comparison in findings.statistics.comparisons:
         rows = [row for row in findings.categories if row["comparison"] == comparison.name]
         rows.sort(key=lambda row: (row["delta_points"] is None, -(row["delta_points"] or 0), row["category"]))
-        limit = charts.forest_limit(
-            (row["delta_points"], row["points_low"], row["points_high"]) for row in rows
-        )
+        limit = charts.forest_limit((row["delta_points"], row["points_low"], row["points_high"]) for row in rows)
         tables.append(
             {
                 "comparison": comparison,
-                "run": next(
-                    (i for i, run in enumerate(findings.runs) if _is_of(comparison.name, run, findings)), None
-                ),
+                "run": next((i for i, run in enumerate(findings.runs) if _is_of(comparison.name, run, findings)), None),
                 "axis": charts.forest_axis(limit),
                 "rows": [_category_row(row, limit) for row in rows],
                 "n_significant": sum(bool(row["significant"]) for row in rows),
@@ -138,9 +130,7 @@ def latent_lines(runs: list[Run], kind: str, only_cards: bool = False) -> Iterat
         for latent in range(len(run.latents.rows)):
             if only_cards and latent not in cards:
                 continue
-            cells = {
-                name: column[latent] if column else "" for name, column in zip(columns, table, strict=True)
-            }
+            cells = {name: column[latent] if column else "" for name, column in zip(columns, table, strict=True)}
             cells |= {name: csv_cell(cells[name]) for name in LATENT_TEXT}
             confidence = annotator = ""
             if label := run.labels.get(latent):
@@ -156,10 +146,7 @@ def category_lines(findings: Findings) -> Iterator[list[str]]:
     table = findings.category_table
     yield table.columns
     for row in table.rows:
-        yield [
-            csv_cell(cell) if name in CATEGORY_TEXT else cell
-            for name, cell in zip(table.columns, row, strict=True)
-        ]
+        yield [csv_cell(cell) if name in CATEGORY_TEXT else cell for name, cell in zip(table.columns, row, strict=True)]
 
 
 def csv_text(lines: Iterator[list[str]]) -> str:

@@ -68,9 +68,7 @@ def index_shard(path: Path) -> ShardIndex:
             data_set = file.get("activations")
             if not isinstance(data_set, h5py.Dataset):
                 found = ", ".join(sorted(file)) or "nothing"
-                raise InputError(
-                    f"{path}: no data set /activations (found: {found}); extract it again or name it so"
-                )
+                raise InputError(f"{path}: no data set /activations (found: {found}); extract it again or name it so")
             index = _check(path, file, data_set)
             _probe(index, data_set)
         except (OSError, RuntimeError, KeyError) as error:

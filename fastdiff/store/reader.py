@@ -210,9 +210,7 @@ class ActivationStore:
                 at, model = (int(i) for i in (~finite).nonzero()[0][:2])
                 row = int(numbers[at] if usable is None else usable[numbers[at]])
                 name = self.meta.models[model].name
-                raise InputError(
-                    f"{self.path}: row {row} of model {name} holds NaN or infinity; extract it again"
-                )
+                raise InputError(f"{self.path}: row {row} of model {name} holds NaN or infinity; extract it again")
             running.add(block)
         found = running.result()
         if found is None:
@@ -223,12 +221,8 @@ class ActivationStore:
         _, shard, offset, wanted, got, code = error.args
         path = self._shards[shard].path
         if code:
-            return InputError(
-                f"{path}: cannot be read at byte {offset} ({os.strerror(code)}); check the disk"
-            )
-        return InputError(
-            f"{path}: truncated, {got} of {wanted} bytes left at byte {offset}; copy or extract it again"
-        )
+            return InputError(f"{path}: cannot be read at byte {offset} ({os.strerror(code)}); check the disk")
+        return InputError(f"{path}: truncated, {got} of {wanted} bytes left at byte {offset}; copy or extract it again")
 
 
 def _close_all(fds: list[int]) -> None:
@@ -274,18 +268,14 @@ def _check_agreement(path: Path, meta: StoreMeta, shards: list[ShardIndex]) -> N
         for name in ("n_models", "d_model", "dtype", "columns"):
             here, there = getattr(shard, name), getattr(first, name)
             if here != there:
-                raise InputError(
-                    f"{shard.path}: {name} is {here}, but {there} in {first.path.name}; extract it again"
-                )
+                raise InputError(f"{shard.path}: {name} is {here}, but {there} in {first.path.name}; extract it again")
     if len(meta.models) != first.n_models:
         raise InputError(
             f"{path}: {STORE_FILE} names {len(meta.models)} models, /activations holds {first.n_models}; "
             f"list each model once in {STORE_FILE}"
         )
     if meta.dtype is not None and meta.dtype != first.dtype:
-        raise InputError(
-            f"{path}: {STORE_FILE} says {meta.dtype}, the shards are {first.dtype}; extract it again"
-        )
+        raise InputError(f"{path}: {STORE_FILE} says {meta.dtype}, the shards are {first.dtype}; extract it again")
     for told, shard in zip(meta.shards or [], shards, strict=False):
         if told.n_rows != shard.n_rows:
             raise InputError(

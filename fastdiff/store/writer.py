@@ -187,9 +187,7 @@ class StoreWriter:
     def _current(self) -> "_OpenShard":
         if self._shard is None:
             index = len(self._done)
-            self._shard = _OpenShard(
-                self._temporary(index), self._offsets[index], self._sizes[index], self._row_bytes
-            )
+            self._shard = _OpenShard(self._temporary(index), self._offsets[index], self._sizes[index], self._row_bytes)
         return self._shard
 
     def _close_shard(self) -> None:

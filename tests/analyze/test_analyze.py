@@ -44,7 +44,15 @@ def write_store(path, activations, **meta):
 
 
 def small_config(**changes) -> TrainConfig:
-    values = {"dict_size": 64, "k": 4, "steps": 300, "batch_size": 256, "lr": 2e-3, "dead_tokens": 20_000, "threads": 1}
+    values = {
+        "dict_size": 64,
+        "k": 4,
+        "steps": 300,
+        "batch_size": 256,
+        "lr": 2e-3,
+        "dead_tokens": 20_000,
+        "threads": 1,
+    }
     return TrainConfig(**(values | changes))
 
 
@@ -138,9 +146,9 @@ def test_examples_show_the_strongest_places_with_their_context(finished):
             assert activation == pytest.approx(float(rows[latent]["max_activation"]), rel=1e-3)
         seen += 1
     assert seen >= len(chosen)
-    assert not db.execute(
-        "SELECT 1 FROM examples GROUP BY latent, sequence_id HAVING COUNT(*) > 1"
-    ).fetchall(), "one example per document"
+    assert not db.execute("SELECT 1 FROM examples GROUP BY latent, sequence_id HAVING COUNT(*) > 1").fetchall(), (
+        "one example per document"
+    )
 
 
 def test_it_is_skipped_when_done_and_repeats_byte_for_byte(finished):
@@ -194,9 +202,7 @@ def swapped_initialize(self, first_batch, *, init, seed):
 
 def test_planted_differences_are_found(tmp_path):
     """Common ones by decoder norms, rare ones by latent scaling; 20 per side and frequency."""
-    planted = planted_activations(
-        0, n_tokens=120_000, d_model=48, shared=120, exclusive={0.01: 20, 0.002: 20}
-    )
+    planted = planted_activations(0, n_tokens=120_000, d_model=48, shared=120, exclusive={0.01: 20, 0.002: 20})
     store = write_store(tmp_path / "acts", planted.activations)
     config = small_config(
         dict_size=384, k=6, steps=2500, batch_size=2048, lr=2e-3, decay_steps=500, dead_tokens=200_000
@@ -206,9 +212,7 @@ def test_planted_differences_are_found(tmp_path):
     crosscoder, _ = load_crosscoder(tmp_path / "run" / "crosscoder" / "seed-0")
     rows = table(tmp_path / "run")
     for column, name, frequency, recall in (("class", "{}_only", 0.01, 0.9), ("specific", "{}", 0.002, 0.7)):
-        flagged = {
-            side: torch.tensor([row[column] == name.format(side) for row in rows]) for side in ("base", "tuned")
-        }
+        flagged = {side: torch.tensor([row[column] == name.format(side) for row in rows]) for side in ("base", "tuned")}
         found = recovered(planted, crosscoder.W_dec.detach(), flagged)
         for side in ("base", "tuned"):
             assert found[side][frequency] >= recall, (column, side, found)
@@ -216,7 +220,7 @@ def test_planted_differences_are_found(tmp_path):
 
 
 def test_a_run_without_a_crosscoder_names_the_command(tmp_path):
-    with pytest.raises(InputError, match="run `fastdiff train STORE -o .* --seed 0` first"):
+    with pytest.raises(InputError, match=r"run `fastdiff train STORE -o .* --seed 0` first"):
         analyze(tmp_path, AnalyzeConfig())
 
 
@@ -237,7 +241,7 @@ def test_a_store_that_has_moved_is_found_with_the_option(finished, tmp_path):
     manifest["stages"]["train"]["store"] = str(tmp_path / "gone")
     rundir.write_json(run / "manifest.json", manifest)
     (run / "analysis" / "DONE.json").unlink(missing_ok=True)
-    with pytest.raises(InputError, match="gone.*--store"):
+    with pytest.raises(InputError, match=r"gone.*--store"):
         analyze(run, config)
     analyze(run, config, store_path=finished / "acts")
     assert (run / "analysis" / "DONE.json").exists()

@@ -34,7 +34,8 @@ def test_classes_by_delta_norm_only():
 
 
 def test_specific_needs_both_ratios_small_and_a_side():
-    delta = np.array([0.8, 0.2, 0.8, 0.8, 0.5, 0.8, 0.8])
-    nu_error = np.array([0.1, -0.1, 0.3, 0.1, 0.0, np.nan, -0.3])
-    nu_reconstruction = np.array([0.4, 0.4, 0.1, 0.6, 0.0, 0.0, 0.0])
-    assert specific(delta, nu_error, nu_reconstruction).tolist() == ["tuned", "base", "", "", "", "", ""]
+    delta = np.array([0.8, 0.2, 0.8, 0.8, 0.5, 0.8, 0.8, 0.55, 0.45, 0.61, 0.39])
+    nu_error = np.array([0.1, -0.1, 0.3, 0.1, 0.0, np.nan, -0.3, 0.0, 0.0, 0.0, 0.0])
+    nu_reconstruction = np.array([0.4, 0.4, 0.1, 0.6, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    found = specific(delta, nu_error, nu_reconstruction).tolist()
+    assert found == ["tuned", "base", "", "", "", "", "", "", "", "tuned", "base"]

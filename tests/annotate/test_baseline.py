@@ -34,9 +34,7 @@ def by_definition(fired: list[int], documents: list[int], min_lift: float) -> tu
         outside = (n - n_c + half) / (total - total_c + half / rate)
         lifts.append(inside / outside)
         confidences.append(inside / (inside + outside))
-        tail = sum(
-            math.comb(total_c, i) * math.comb(total - total_c, n - i) for i in range(n_c, min(n, total_c) + 1)
-        )
+        tail = sum(math.comb(total_c, i) * math.comb(total - total_c, n - i) for i in range(n_c, min(n, total_c) + 1))
         chances.append(Fraction(tail, math.comb(total, n)))
     sure = [i for i in range(len(fired)) if lifts[i] >= min_lift and len(fired) * chances[i] < 0.05]
     best = max(sure or range(len(fired)), key=lambda i: lifts[i])
@@ -61,9 +59,7 @@ def test_it_equals_its_definition():
 
 def test_a_latent_gets_the_category_whose_documents_it_fires_in():
     fired = [[80, 1, 0], [0, 60, 1], [2, 0, 20]]
-    labels = annotate(
-        fired, [100, 100, 100], categories=CATEGORIES, tokens=[["def", " ("], ["whereas"], [" ", "="]]
-    )
+    labels = annotate(fired, [100, 100, 100], categories=CATEGORIES, tokens=[["def", " ("], ["whereas"], [" ", "="]])
     assert [label.category for label in labels] == CATEGORIES
     assert [label.label for label in labels] == ["code: def, (", "law: whereas", "math: ' ', ="]
     assert all(label.confidence > 0.85 and label.annotator == NAME for label in labels)

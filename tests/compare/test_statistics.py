@@ -140,9 +140,7 @@ def test_the_ratio_interval_is_walters():
     assert (math.log(low), math.log(high)) == pytest.approx((centre - half, centre + half), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("a", "n_a", "b", "n_b"), [(0, 20, 5, 30), (5, 20, 0, 30), (0, 20, 0, 30), (20, 20, 30, 30)]
-)
+@pytest.mark.parametrize(("a", "n_a", "b", "n_b"), [(0, 20, 5, 30), (5, 20, 0, 30), (0, 20, 0, 30), (20, 20, 30, 30)])
 def test_intervals_do_not_collapse_at_zero_or_full_counts(a, n_a, b, n_b):
     found = compare(a, n_a, b, n_b)
     assert found.points_low < found.delta_points < found.points_high or abs(found.delta_points) == 100
@@ -169,9 +167,7 @@ def test_no_categories_give_no_rows():
 
 
 def test_rows_are_ordered_by_difference_then_name():
-    found = compare_shares(
-        {"a": 1, "b": 5, "d": 2, "c": 2}, 10, {"a": 5, "b": 1, "c": 2, "d": 2}, 10, confidence=0.9
-    )
+    found = compare_shares({"a": 1, "b": 5, "d": 2, "c": 2}, 10, {"a": 5, "b": 1, "c": 2, "d": 2}, 10, confidence=0.9)
     assert [d.category for d in found] == ["a", "c", "d", "b"]
 
 

@@ -145,7 +145,7 @@ def test_events_hold_the_loss_fve_l0_and_dead_share(tmp_path):
 
 def test_nan_in_the_store_names_the_row(tmp_path):
     store = make_store(tmp_path / "acts", bad_row=123)
-    with pytest.raises(InputError, match="row 123 of the store.*NaN"):
+    with pytest.raises(InputError, match=r"row 123 of the store.*NaN"):
         stage.train(store, tmp_path / "run", config())
     assert not (tmp_path / "run" / "crosscoder" / "seed-0" / "DONE.json").exists()
 

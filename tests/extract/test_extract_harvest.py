@@ -199,9 +199,7 @@ def test_sources_are_the_pairs_of_data_set_and_category(pairs, texts, tmp_path) 
 def test_chat_roles_reach_the_store_and_bos_only_on_request(pairs, tmp_path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(
-        json.dumps(
-            {"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]}
-        )
+        json.dumps({"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]})
     )
     config = configured(pairs["llama"], path, messages_field="messages")
     with ActivationStore(extract(config, tmp_path / "a")) as store:
@@ -228,9 +226,7 @@ def test_skipped_positions_are_run_and_not_stored(pairs, texts, tmp_path) -> Non
 
 @pytest.mark.parametrize("limit", [1, 25])
 def test_max_tokens_is_met_exactly(pairs, texts, tmp_path, limit) -> None:
-    with ActivationStore(
-        extract(configured(pairs["llama"], texts, max_tokens=limit), tmp_path / "acts")
-    ) as store:
+    with ActivationStore(extract(configured(pairs["llama"], texts, max_tokens=limit), tmp_path / "acts")) as store:
         assert store.n_rows == limit
         assert [shard.n_rows for shard in store.meta.shards] == [limit]
 
@@ -332,9 +328,7 @@ def test_tokenizers_with_other_ids_are_refused_with_both_names(pairs, texts, tmp
 
 def test_tokenizers_that_split_alike_maps_differently_are_refused(pairs, texts, tmp_path) -> None:
     other = make_tokenizer()
-    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A", special_tokens=[("<bos>", 1)]
-    )
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[("<bos>", 1)])
     path = make_model(tmp_path / "other", "llama", 2, tokenizer=other)
     config = configured((pairs["llama"][0], path), texts)
     refused(config, tmp_path / "acts", InputError, r"they split .*texts\.jsonl:\d+ into different ids")
@@ -483,9 +477,7 @@ def test_changed_vocabulary_is_noticed(pairs, texts, tmp_path) -> None:
         extract(config, out)
 
 
-def test_both_models_read_the_same_ids_and_mask_and_only_up_to_their_layer(
-    pairs, texts, tmp_path, monkeypatch
-) -> None:
+def test_both_models_read_the_same_ids_and_mask_and_only_up_to_their_layer(pairs, texts, tmp_path, monkeypatch) -> None:
     read: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     load = harvest._load
 
@@ -535,9 +527,7 @@ def test_batches_pad_on_the_right_in_document_order() -> None:
     from fastdiff.extract.tokens import TokenSequence
 
     def sequence(*ids: int) -> TokenSequence:
-        return TokenSequence(
-            np.array(ids, np.int32), np.zeros(len(ids), np.uint8), np.ones(len(ids), np.bool_)
-        )
+        return TokenSequence(np.array(ids, np.int32), np.zeros(len(ids), np.uint8), np.ones(len(ids), np.bool_))
 
     found = list(batches([sequence(5, 6, 7), sequence(8), sequence(9, 9)], 2, 0))
     assert [(ids.tolist(), mask.tolist()) for _, ids, mask in found] == [

@@ -106,15 +106,11 @@ def extracted(path: Path, batch: dict[str, Tensor], layer: int, hook: str) -> Te
 
 
 @torch.inference_mode()
-def outputs_of(
-    model: PreTrainedModel, modules: dict[str, nn.Module], batch: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def outputs_of(model: PreTrainedModel, modules: dict[str, nn.Module], batch: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in modules.items():
         module.register_forward_hook(
-            lambda _module, _args, out, name=name: found.__setitem__(
-                name, out[0] if isinstance(out, tuple) else out
-            )
+            lambda _module, _args, out, name=name: found.__setitem__(name, out[0] if isinstance(out, tuple) else out)
         )
     model(**batch)
     return found
@@ -168,9 +164,7 @@ def test_residual_before_plus_attention_plus_mlp_is_the_residual_after(paths, ba
 
 
 @pytest.mark.parametrize("config", [GraniteConfig, BloomConfig])
-def test_block_whose_branches_are_not_what_is_added_is_refused_for_branches_only(
-    tmp_path, batch, config
-) -> None:
+def test_block_whose_branches_are_not_what_is_added_is_refused_for_branches_only(tmp_path, batch, config) -> None:
     sizes = dict(_GROUPED, residual_multiplier=0.5) if config is GraniteConfig else {"vocab_size": 60}
     if config is BloomConfig:
         sizes |= {"hidden_size": 32, "n_layer": N_LAYERS, "n_head": 4}

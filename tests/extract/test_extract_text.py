@@ -33,9 +33,7 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     made.chat_template = template
     return made
 
@@ -61,9 +59,7 @@ def contents(options: ExtractConfig) -> list:
 def encode(*documents: str | list[tuple[str, str]], template: str | None = TEMPLATE, **options):
     encoder = Encoder(tokenizer(template), config("x.txt", **options))
     made = [
-        Document(
-            item if isinstance(item, str) else tuple(Message(*turn) for turn in item), None, f"x:{index}"
-        )
+        Document(item if isinstance(item, str) else tuple(Message(*turn) for turn in item), None, f"x:{index}")
         for index, item in enumerate(documents)
     ]
     return encoder, encoder.encode(made)
@@ -107,9 +103,7 @@ def test_parquet_gives_texts_chats_and_categories(tmp_path) -> None:
     pyarrow.parquet.write_table(table, path)
     found = read(config(path, category_field="kind"))
     assert {(document.content, document.category) for document in found} == {("a", "x"), ("b", "y")}
-    assert {document.content for document in read(config(path, messages_field="turns"))} == {
-        (Message("user", "hi"),)
-    }
+    assert {document.content for document in read(config(path, messages_field="turns"))} == {(Message("user", "hi"),)}
 
 
 def test_hugging_face_data_set_is_read_as_far_as_needed(tmp_path, monkeypatch) -> None:
@@ -181,14 +175,10 @@ def test_wrong_parquet_column_names_the_columns(tmp_path) -> None:
         read(config(tmp_path / "a.parquet"))
 
 
-@pytest.mark.parametrize(
-    "turns", ["hi", [{"from": "human", "value": "hi"}], [{"role": "user", "content": 3}]]
-)
+@pytest.mark.parametrize("turns", ["hi", [{"from": "human", "value": "hi"}], [{"role": "user", "content": 3}]])
 def test_messages_of_another_form_are_refused(tmp_path, turns) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
-    with pytest.raises(
-        InputError, match=r"a\.jsonl:1: .*(not a list|needs 'role' and 'content'|must be text)"
-    ):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: .*(not a list|needs 'role' and 'content'|must be text)"):
         read(config(path, messages_field="messages"))
 
 
@@ -341,9 +331,7 @@ def test_rows_are_cut_at_max_tokens_inside_the_last_document(tmp_path) -> None:
             assert cut.n_rows == limit == sum(sequence.n_rows for sequence in cut.sequences)
             for ours, theirs in zip(cut.sequences, whole.sequences, strict=False):
                 assert ours.ids.tolist() == theirs.ids[: len(ours.ids)].tolist()
-            assert all(
-                len(a.ids) == len(b.ids) for a, b in zip(cut.sequences[:-1], whole.sequences, strict=False)
-            )
+            assert all(len(a.ids) == len(b.ids) for a, b in zip(cut.sequences[:-1], whole.sequences, strict=False))
             # no token is run for nothing
             assert cut.sequences[-1].stored[-1]
             assert len(cut.sources) == len(cut.sequences)
@@ -376,8 +364,6 @@ def test_byte_level_pieces_are_shown_as_text() -> None:
 def test_sentencepiece_like_pieces_are_shown_as_text() -> None:
     vocabulary = {"<unk>": 0, "\u2581the": 1, "<0x0A>": 2, "<0xE2>": 3, "\u2581": 4, "cat": 6}
     backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert display_strings(made) == ["<unk>", " the", "\n", "\\xe2", " ", "", "cat"]

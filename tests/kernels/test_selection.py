@@ -74,7 +74,7 @@ def test_batchtopk_is_the_dense_definition(kind, B, F, k):
 
 def test_reference_selects_the_largest_by_plain_sorting():
     score = scores("ties", 4, 9)
-    cells = sorted(((-float(score[b, j]), b, j) for b in range(4) for j in range(9) if score[b, j] > 0))
+    cells = sorted((-float(score[b, j]), b, j) for b in range(4) for j in range(9) if score[b, j] > 0)
     want = {(b, j) for _, b, j in cells[: 4 * 2]}
     got = {(b, j) for b, j in reference.select_batchtopk(score, 2).nonzero().tolist()}
     assert got == want

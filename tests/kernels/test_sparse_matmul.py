@@ -88,7 +88,10 @@ def test_results_repeat_bit_for_bit():
     [
         (lambda s: ops.sparse_decode(torch.ones(3), s, torch.ones(20, 4)), r"got \(3,\)"),
         (lambda s: ops.sparse_decode(torch.ones(len(s.col)), s, torch.ones(19, 4)), r"\(19, 4\)"),
-        (lambda s: ops.encoder_scores(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)), r"\(2, 3\), \(4, 5\)"),
+        (
+            lambda s: ops.encoder_scores(torch.ones(2, 3), torch.ones(4, 5), torch.ones(4)),
+            r"\(2, 3\), \(4, 5\)",
+        ),
         (lambda s: ops.above(torch.ones(2, 3), torch.ones(4)), r"\(2, 3\), \(4,\)"),
         (
             lambda s: ops.sparse_encode(torch.ones(2, 3), torch.ones(20, 3), torch.ones(20), torch.ones(2, 20), s),

@@ -96,9 +96,7 @@ def latent_rows(rng: np.random.Generator, n: int, cards: int, texts: tuple[str, 
         delta = float(np.clip(rng.normal(side, 0.03 if i < cards else 0.1), 0, 1))
         alone, silent = i < cards, i % 97 == 96
         nu_error, nu_reconstruction = rng.normal(0.05 if alone else 0.9, 0.05, 2).tolist()
-        specific = (
-            ("tuned" if delta > 0.5 else "base") if alone and abs(nu_error) < 0.2 and not silent else ""
-        )
+        specific = ("tuned" if delta > 0.5 else "base") if alone and abs(nu_error) < 0.2 and not silent else ""
         count = 0 if silent else int(10 ** rng.uniform(1, 4.5))
         edges = {"base_only": delta < 0.1, "tuned_only": delta > 0.9, "shared": 0.4 <= delta <= 0.6}
         numbers = {
@@ -195,6 +193,31 @@ def write_examples(
     connection.close()
 
 
+def outputs_of(stage: Path) -> dict[str, str]:
+    return json.loads((stage / "DONE.json").read_text())["outputs"]
+
+
+def finish_compare(directory: Path) -> None:
+    """Mark the comparison as one of the runs as they are."""
+    inputs = {}
+    for run in json.loads((directory / "compare" / "statistics.json").read_text())["runs"]:
+        for stage in ("analysis", "annotate"):
+            outputs = outputs_of(directory / run["path"] / stage)
+            inputs |= {f"{run['name']}/{stage}/{file}": sha for file, sha in outputs.items()}
+    outputs = ["categories.csv", "statistics.json"]
+    rundir.finish(directory / "compare", "compare", {"alpha": 0.05}, inputs, outputs)
+
+
+def settle(run: Path, stage: str) -> None:
+    """Mark a stage of a pair as finished after its files were edited, and what follows as made from it."""
+    if stage == "analysis":
+        done = json.loads((run / "analysis" / "DONE.json").read_text())
+        rundir.finish(run / "analysis", done["stage"], done["config"], done["inputs"], list(done["outputs"]))
+    if stage in ("analysis", "annotate"):
+        rundir.finish(run / "annotate", "annotate", {}, outputs_of(run / "analysis"), ["labels.jsonl"])
+    finish_compare(run)
+
+
 def write_labels(
     run: Path, n: int, texts: tuple[str, ...], categories: tuple[str, ...], labels: tuple[str, ...]
 ) -> None:
@@ -208,7 +231,7 @@ def write_labels(
             facts = {"latent": i, "label": label, "category": category, "confidence": 0.93}
             lines.append(json.dumps({**facts, "annotator": "baseline-1", "top_tokens": tops}) + "\n")
     rundir.write_text(run / "annotate" / "labels.jsonl", "".join(lines))
-    rundir.finish(run / "annotate", "annotate", {}, {"analysis": "1" * 64}, ["labels.jsonl"])
+    rundir.finish(run / "annotate", "annotate", {}, outputs_of(run / "analysis"), ["labels.jsonl"])
 
 
 def write_logs(run: Path, rng: np.random.Generator, models: list[str]) -> None:
@@ -280,7 +303,7 @@ def write_compare(
         "method": "Shares per category; Newcombe intervals; Fisher's exact test; Benjamini-Hochberg.",
     }
     rundir.write_json(compare / "statistics.json", statistics)
-    rundir.finish(compare, "compare", {"alpha": 0.05}, {}, ["categories.csv", "statistics.json"])
+    finish_compare(directory)
 
 
 def fill_run(
@@ -314,8 +337,7 @@ def triangulated(root: Path, **options: Any) -> Path:
     for seed, name in enumerate(("it", "simpo")):
         fill_run(root / name, seed=seed, models=("tiny/base", f"tiny/{name}"), **options)
     runs = [
-        {"name": name, "path": f"../{name}", "base": "tiny/base", "tuned": f"tiny/{name}"}
-        for name in ("it", "simpo")
+        {"name": name, "path": f"../{name}", "base": "tiny/base", "tuned": f"tiny/{name}"} for name in ("it", "simpo")
     ]
     names = ["base→it", "base→simpo", "gained", "lost"]
     write_compare(directory, "triangulated", runs, names, CATEGORIES, ["simpo gains self-reference."])
@@ -329,6 +351,11 @@ def triangulated(root: Path, **options: Any) -> Path:
     truth = {"schema": 1, "pairs": pairs, "sentence": "2 of 4 planted changes recovered."}
     rundir.write_json(directory / "compare" / "truth.json", truth)
     return directory
+
+
+@pytest.fixture(scope="session", name="settle")
+def settle_stage() -> Callable[[Path, str], None]:
+    return settle
 
 
 @pytest.fixture(scope="session")

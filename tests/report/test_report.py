@@ -83,9 +83,7 @@ def test_the_island_holds_every_card_with_its_numbers_and_tokens(run: Path) -> N
     labels = [json.loads(line) for line in (run / "annotate/labels.jsonl").read_text().splitlines()]
     by_latent = {label["latent"]: label for label in labels}
     connection = sqlite3.connect(run / "analysis/examples.sqlite")
-    query = (
-        "SELECT sequence_id, position, dataset, category, activation, peak, tokens, activations FROM examples"
-    )
+    query = "SELECT sequence_id, position, dataset, category, activation, peak, tokens, activations FROM examples"
     assert [row[1] for row in island["latents"]] == list(range(60))
     for row in island["latents"]:
         latent, wanted = row[1], table[row[1]]
@@ -98,9 +96,7 @@ def test_the_island_holds_every_card_with_its_numbers_and_tokens(run: Path) -> N
         for name, value in zip(("delta_norm", "cosine", "nu_error"), row[9:12], strict=True):
             assert value == pytest.approx(float(wanted[name]), rel=1e-3)
         assert row[17] == int(wanted["count"])
-        assert [island["vocabulary"][t] for t in row[19]] == [
-            visible(t) for t in json.loads(wanted["top_tokens"])
-        ]
+        assert [island["vocabulary"][t] for t in row[19]] == [visible(t) for t in json.loads(wanted["top_tokens"])]
         stored = connection.execute(f"{query} WHERE latent = ? ORDER BY rank", (latent,)).fetchall()
         assert len(row[20]) == len(stored) == 5
         for shown, (document, position, dataset, category, activation, peak, tokens, values) in zip(
@@ -128,9 +124,7 @@ def test_latents_csv_is_the_analysis_with_labels_filled_in(run: Path) -> None:
         label = by_latent.get(int(before["latent"]))
         filled = {"label": "", "category": ""} if label is None else label
         written = {"label", "category", "top_tokens"}
-        assert {k: after[k] for k in before if k not in written} == {
-            k: before[k] for k in before if k not in written
-        }
+        assert {k: after[k] for k in before if k not in written} == {k: before[k] for k in before if k not in written}
         assert after["top_tokens"] == visible(" ".join(json.loads(before["top_tokens"])))
         assert after["label"] == visible(filled["label"])
         assert after["category"] == filled["category"]
@@ -279,13 +273,13 @@ def test_an_unchanged_run_is_left_alone(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["label", "page", "log", "unfinished"])
-def test_a_changed_run_is_rebuilt(copy: Path, change: str) -> None:
+def test_a_changed_run_is_rebuilt(copy: Path, change: str, settle: Callable[[Path, str], None]) -> None:
     page = copy / "report/report.html"
     before = page.read_text()
     if change == "label":
         path = copy / "annotate/labels.jsonl"
         path.write_text(path.read_text().replace('"label": "', '"label": "fresh ', 1))
-        rundir.finish(copy / "annotate", "annotate", {}, {}, ["labels.jsonl"])
+        settle(copy, "annotate")
     elif change == "page":
         page.write_text(before + "x")
     elif change == "log":
@@ -314,9 +308,7 @@ def test_a_fresh_run_is_told_its_first_missing_stage(tmp_path: Path) -> None:
         build_report(tmp_path)
 
 
-def test_a_compared_run_without_labels_is_named(
-    make_triangulated: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_compared_run_without_labels_is_named(make_triangulated: Callable[..., Path], tmp_path: Path) -> None:
     directory = make_triangulated(tmp_path)
     (tmp_path / "simpo/annotate/DONE.json").unlink()
     with pytest.raises(InputError, match=r"simpo/annotate: .*`fastdiff annotate .*simpo`"):
@@ -336,13 +328,14 @@ def test_a_compared_run_without_labels_is_named(
         ("compare/statistics.json", '"pair"', '"triple"', "kind"),
     ],
 )
-def test_a_file_that_does_not_fit_is_named(copy: Path, name: str, old: str, new: str, found: str) -> None:
+def test_a_file_that_does_not_fit_is_named(
+    copy: Path, name: str, old: str, new: str, found: str, settle: Callable[[Path, str], None]
+) -> None:
     path = copy / name
     text = path.read_bytes().decode()
     assert old in text
     path.write_bytes(text.replace(old, new, 1).encode())
-    done = json.loads((path.parent / "DONE.json").read_text())
-    rundir.finish(path.parent, done["stage"], done["config"], done["inputs"], list(done["outputs"]))
+    settle(copy, path.parent.name)
     with pytest.raises(InputError) as caught:
         build_report(copy)
     message = str(caught.value)
@@ -351,19 +344,28 @@ def test_a_file_that_does_not_fit_is_named(copy: Path, name: str, old: str, new:
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(("stage", "command"), [("analysis", "annotate"), ("annotate", "compare")])
+def test_stages_of_two_generations_are_refused(copy: Path, stage: str, command: str) -> None:
+    path = copy / stage / {"analysis": "summary.json", "annotate": "labels.jsonl"}[stage]
+    path.write_text(path.read_text() + "\n")
+    done = json.loads((copy / stage / "DONE.json").read_text())
+    rundir.finish(copy / stage, done["stage"], done["config"], done["inputs"], list(done["outputs"]))
+    with pytest.raises(InputError, match=f"run .*`fastdiff {command}"):
+        build_report(copy)
+
+
 def test_a_file_changed_after_its_stage_is_refused(copy: Path) -> None:
     (copy / "annotate/labels.jsonl").write_text("")
     with pytest.raises(InputError, match="changed since it was written"):
         build_report(copy)
 
 
-def test_examples_that_do_not_fit_are_refused(copy: Path) -> None:
+def test_examples_that_do_not_fit_are_refused(copy: Path, settle: Callable[[Path, str], None]) -> None:
     connection = sqlite3.connect(copy / "analysis/examples.sqlite")
     connection.execute("UPDATE examples SET activations = '[1.0]' WHERE latent = 7 AND rank = 2")
     connection.commit()
     connection.close()
-    done = json.loads((copy / "analysis/DONE.json").read_text())
-    rundir.finish(copy / "analysis", done["stage"], done["config"], done["inputs"], list(done["outputs"]))
+    settle(copy, "analysis")
     with pytest.raises(InputError, match="an example of latent 7 does not fit"):
         build_report(copy)
 

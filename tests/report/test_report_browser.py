@@ -101,9 +101,7 @@ class Browser:
     def requests(self) -> list[str]:
         """URLs that the page asked for."""
         self.js("0")
-        return [
-            e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"
-        ]
+        return [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
 
     def __enter__(self) -> "Browser":
         return self
@@ -139,9 +137,7 @@ def test_the_page_asks_for_nothing_and_logs_nothing(browser: Browser, page: Path
     assert browser.js("document.querySelectorAll('.card .peak').length") == 20 * 3
 
 
-def test_hostile_text_is_shown_and_does_nothing(
-    browser: Browser, hostile_run: Path, hostile: tuple[str, ...]
-) -> None:
+def test_hostile_text_is_shown_and_does_nothing(browser: Browser, hostile_run: Path, hostile: tuple[str, ...]) -> None:
     path = build_report(hostile_run)
     browser.open(path)
     labels = []
@@ -201,9 +197,7 @@ def test_filters_search_and_sort(browser: Browser, page: Path) -> None:
     assert browser.trouble() == []
 
 
-def test_a_latent_can_be_linked_to(
-    browser: Browser, make_triangulated: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_latent_can_be_linked_to(browser: Browser, make_triangulated: Callable[..., Path], tmp_path: Path) -> None:
     path = build_report(make_triangulated(tmp_path))
     browser.open(path, "#latent=7&run=simpo")
     assert browser.js("document.querySelector('.card .number').getAttribute('href')") == "#latent=7&run=simpo"
@@ -236,9 +230,7 @@ def test_downloads_hold_the_files(browser: Browser, page: Path, tmp_path: Path) 
 
 
 def test_nothing_scrolls_sideways_on_a_phone(browser: Browser, page: Path, hostile_run: Path) -> None:
-    browser.send(
-        "Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False
-    )
+    browser.send("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
     for path in (page, build_report(hostile_run)):
         browser.open(path)
         assert browser.js("document.documentElement.scrollWidth") <= 400

@@ -30,9 +30,7 @@ def write(path: Path, n: int, *, shard_rows: int, dtype: str = "float32", d_mode
         shard_rows=shard_rows,
         meta={"models": ["a", "b"]},
     ) as writer:
-        writer.append(
-            values, token_ids=zeros, sequence_ids=zeros, positions=zeros, roles=zeros, sources=zeros
-        )
+        writer.append(values, token_ids=zeros, sequence_ids=zeros, positions=zeros, roles=zeros, sources=zeros)
 
 
 def by_h5py(path: Path) -> np.ndarray:
@@ -134,9 +132,7 @@ def test_leaving_the_stream_early_ends_its_thread(tmp_path: Path) -> None:
         assert threading.active_count() == before
 
 
-def test_waiting_is_counted_and_reading_goes_on_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_is_counted_and_reading_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 64, shard_rows=64)
     with ActivationStore(tmp_path) as store:
         shuffler = Shuffler(store, batch_size=8, seed=0, n_rows=64)

@@ -18,13 +18,9 @@ from fastdiff.store.writer import StoreWriter
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def write(
-    path: Path, n: int, shard_rows: int, *, d_model: int = 7, dtype: str = "bfloat16", **columns: Any
-) -> None:
+def write(path: Path, n: int, shard_rows: int, *, d_model: int = 7, dtype: str = "bfloat16", **columns: Any) -> None:
     values = torch.randn(n, 2, d_model, generator=torch.Generator().manual_seed(n))
-    given = {
-        name: np.zeros(n, np.int64) for name in ("token_ids", "sequence_ids", "positions", "roles", "sources")
-    }
+    given = {name: np.zeros(n, np.int64) for name in ("token_ids", "sequence_ids", "positions", "roles", "sources")}
     meta = {"models": ["a", "b"], "roles": ["text", "bos"]}
     with StoreWriter(
         path, n_rows=n, n_models=2, d_model=d_model, dtype=dtype, shard_rows=shard_rows, meta=meta

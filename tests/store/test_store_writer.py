@@ -30,9 +30,7 @@ META: dict[str, Any] = {
 def make_rows(n: int, d_model: int = 5, seed: int = 0) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     # means far from zero and unlike spreads, as real activations have
-    values = rng.standard_normal((n, 2, d_model)) * rng.uniform(0.1, 9, d_model) + rng.uniform(
-        -30, 30, d_model
-    )
+    values = rng.standard_normal((n, 2, d_model)) * rng.uniform(0.1, 9, d_model) + rng.uniform(-30, 30, d_model)
     columns = {
         "token_ids": rng.integers(0, 2**31 - 1, n),
         "sequence_ids": np.arange(n) // 7 + 2**40,
@@ -43,16 +41,12 @@ def make_rows(n: int, d_model: int = 5, seed: int = 0) -> tuple[torch.Tensor, di
     return torch.from_numpy(values).float(), columns
 
 
-def write(
-    path: Path, n: int = 100, *, step: int = 33, **changes: Any
-) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+def write(path: Path, n: int = 100, *, step: int = 33, **changes: Any) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     values, columns = make_rows(n)
     options = {"n_rows": n, "n_models": 2, "d_model": 5, "dtype": "bfloat16", "shard_rows": 40, "meta": META}
     with StoreWriter(path, **(options | changes)) as writer:
         for start in range(0, n, step):
-            writer.append(
-                values[start : start + step], **{k: v[start : start + step] for k, v in columns.items()}
-            )
+            writer.append(values[start : start + step], **{k: v[start : start + step] for k, v in columns.items()})
     return values, columns
 
 
@@ -98,16 +92,12 @@ def test_large_data_sets_begin_at_a_page(tmp_path: Path) -> None:
 def test_bfloat16_rounding_is_torchs(tmp_path: Path) -> None:
     # every tie between two bfloat16 of one exponent, both signs, and the values beside each tie
     ties = np.arange(0x3F80, 0x4000, dtype=np.uint32) << 16 | 0x8000
-    bits = np.concatenate(
-        [ties - 1, ties, ties + 1, ties | 0x80000000, np.array([1, 0x7FFF, 0x8001], np.uint32)]
-    )
+    bits = np.concatenate([ties - 1, ties, ties + 1, ties | 0x80000000, np.array([1, 0x7FFF, 0x8001], np.uint32)])
     values = torch.from_numpy(bits.view(np.float32).copy()).reshape(-1, 1, 1).expand(-1, 2, 5)
     n = len(values)
     zeros = np.zeros(n, np.int64)
     columns = dict.fromkeys(("token_ids", "sequence_ids", "positions", "roles", "sources"), zeros)
-    with StoreWriter(
-        tmp_path, n_rows=n, n_models=2, d_model=5, dtype="bfloat16", shard_rows=n, meta=META
-    ) as writer:
+    with StoreWriter(tmp_path, n_rows=n, n_models=2, d_model=5, dtype="bfloat16", shard_rows=n, meta=META) as writer:
         writer.append(values, **columns)
     with ActivationStore(tmp_path) as store:
         got = store.slice(0, n)[:, 0, 0].view(torch.int16)
@@ -124,8 +114,7 @@ def test_checksums_are_per_32_rows_however_rows_arrive(tmp_path: Path) -> None:
             n, width = len(file["activations"]), 2 * 5 * 2
             raw = (tmp_path / "7" / shard).read_bytes()[file["activations"].id.get_offset() :][: n * width]
             expected = [
-                _native.crc32c(np.frombuffer(raw[i : i + 32 * width], np.uint8))
-                for i in range(0, len(raw), 32 * width)
+                _native.crc32c(np.frombuffer(raw[i : i + 32 * width], np.uint8)) for i in range(0, len(raw), 32 * width)
             ]
             assert file["crc32c"][:].tolist() == expected
         assert len({(tmp_path / str(step) / shard).read_bytes() for step in (1, 7, 33, 100)}) == 1
@@ -185,9 +174,7 @@ def test_non_finite_values_are_refused_by_name(tmp_path: Path, bad: float) -> No
     values[37, 1, 2] = bad
     with (
         pytest.raises(InputError) as caught,
-        StoreWriter(
-            tmp_path, n_rows=50, n_models=2, d_model=5, dtype="bfloat16", shard_rows=20, meta=META
-        ) as writer,
+        StoreWriter(tmp_path, n_rows=50, n_models=2, d_model=5, dtype="bfloat16", shard_rows=20, meta=META) as writer,
     ):
         writer.append(values, **columns)
     message = str(caught.value)
@@ -281,9 +268,7 @@ def test_a_full_disk_is_found_before_any_work(tmp_path: Path) -> None:
 def test_space_is_reserved_before_the_first_row(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="0 rows appended"),
-        StoreWriter(
-            tmp_path, n_rows=100000, n_models=2, d_model=5, dtype="float32", shard_rows=60000, meta=META
-        ),
+        StoreWriter(tmp_path, n_rows=100000, n_models=2, d_model=5, dtype="float32", shard_rows=60000, meta=META),
     ):
         taken = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
         assert taken >= 100000 * (2 * 5 * 4 + 4 + 8 + 4 + 1 + 2)
