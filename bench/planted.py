@@ -27,7 +27,7 @@ COMMON, RARE = 0.01, 0.002
 
 def measure(seed: int, init: str, folder: Path) -> dict[str, dict[str, dict[float, float]]]:
     """Recall and precision of one seed, by column and side."""
-    planted = planted_activations(seed, n_tokens=120_000, d_model=32, shared=60, exclusive={COMMON: 20, RARE: 20})
+    planted = planted_activations(seed, n_tokens=120_000, d_model=48, shared=80, exclusive={COMMON: 20, RARE: 20})
     n, M, d_model = planted.activations.shape
     row = np.arange(n)
     meta = {"models": [{"name": "base"}, {"name": "tuned"}]}
@@ -43,7 +43,7 @@ def measure(seed: int, init: str, folder: Path) -> dict[str, dict[str, dict[floa
             sources=row * 0,
         )
     config = TrainConfig(
-        dict_size=256, k=5, steps=2500, batch_size=2048, lr=2e-3, decay_steps=500, dead_tokens=200_000, seed=seed,
+        dict_size=256, k=4, steps=2500, batch_size=2048, lr=4e-3, decay_steps=500, dead_tokens=200_000, seed=seed,
         init=init, threads=1,
     )  # fmt: skip
     directory = train(folder / "acts", folder / "run", config)

@@ -36,7 +36,8 @@ def label_pair(
     """
     extract(config.extract, store, progress, resume=resume, overwrite=overwrite)
     train(store, run, config.train, progress, resume=resume, overwrite=overwrite)
-    analyze(run, config.analyze, progress)
+    # the crosscoder that is analysed is the one just trained
+    analyze(run, config.analyze.model_copy(update={"train_seed": config.train.seed}), progress)
     annotate(run, config.annotate, progress)
 
 

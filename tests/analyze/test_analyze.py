@@ -202,10 +202,10 @@ def swapped_initialize(self, first_batch, *, init, seed):
 
 def test_planted_differences_are_found(tmp_path):
     """Common ones by decoder norms, rare ones by latent scaling; 20 per side and frequency."""
-    planted = planted_activations(0, n_tokens=120_000, d_model=48, shared=120, exclusive={0.01: 20, 0.002: 20})
+    planted = planted_activations(0, n_tokens=120_000, d_model=48, shared=80, exclusive={0.01: 20, 0.002: 20})
     store = write_store(tmp_path / "acts", planted.activations)
     config = small_config(
-        dict_size=384, k=6, steps=2500, batch_size=2048, lr=2e-3, decay_steps=500, dead_tokens=200_000
+        dict_size=256, k=4, steps=2500, batch_size=2048, lr=4e-3, decay_steps=500, dead_tokens=200_000
     )
     train(store, tmp_path / "run", config)
     analyze(tmp_path / "run", AnalyzeConfig(examples=0))
