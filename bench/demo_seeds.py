@@ -1,6 +1,6 @@
 """How much of the demo's planted truth is recovered, and what two nulls say; prints a table over seeds.
 
-    python -P bench/demo_seeds.py --seeds 5 -o /tmp/demo-seeds
+    python -P bench/demo_seeds.py --seeds 5 -o DIR
 
 Null 1: (base, it) against (base, it fine-tuned with another seed), through the whole comparison.
 Null 2: base against base trained further on its own corpus in another order.

@@ -43,7 +43,7 @@ def measure(seed: int, init: str, folder: Path) -> dict[str, dict[str, dict[floa
             sources=row * 0,
         )
     config = TrainConfig(
-        dict_size=256, k=4, steps=2500, batch_size=2048, lr=4e-3, decay_steps=500, dead_tokens=200_000, seed=seed,
+        dict_size=256, k=4, steps=4500, batch_size=1024, lr=4e-3, decay_steps=1500, dead_tokens=200_000, seed=seed,
         init=init, threads=1,
     )  # fmt: skip
     directory = train(folder / "acts", folder / "run", config)

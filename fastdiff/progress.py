@@ -22,23 +22,25 @@ class Task:
     def __init__(self, name: str, total: int, unit: str, bars: Bars | None, silent: bool, start: int):
         self.name, self.total, self.unit = name, total, unit
         self.done = self._start = start
+        self._note = ""
         self._bars = bars
         self._silent = silent
         self._id = bars.add_task(name, total=total, completed=start, note="") if bars else None
         self._started = self._last = time.monotonic()
 
     def advance(self, n: int, note: str = "") -> None:
-        """Count n more units; `note` is a few words on how it goes."""
+        """Count n more units; `note` is a few words on how it goes, shown until the next one."""
         self.done += n
+        self._note = note or self._note
         now = time.monotonic()
         rate = (self.done - self._start) / max(now - self._started, 1e-9)
         if self._bars is not None and self._id is not None:
-            self._bars.update(self._id, advance=n, note=f"{rate:,.0f} {self.unit}/s  {note}")
+            self._bars.update(self._id, advance=n, note=f"{rate:,.0f} {self.unit}/s  {self._note}")
         elif not self._silent and (now - self._last >= _LINE_EVERY or self.done >= self.total):
             self._last = now
             left = (self.total - self.done) / max(rate, 1e-9)
             line = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f}/s, {left:.0f} s left"
-            print(f"{line}  {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201 (this is the one place)
+            print(f"{line}  {self._note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201 (this is the one place)
 
 
 class Progress:

@@ -71,3 +71,12 @@ def test_forced_bars_go_to_stderr_only(capfd):
         task.advance(3, "loss 1.5")
         assert task.done == 5
     assert capfd.readouterr().out == ""
+
+
+def test_a_line_shows_the_latest_note(capfd, clock):
+    with Progress("auto").task("train", 100, "steps") as task:
+        for i in range(100):
+            clock.now += 0.3
+            task.advance(1, f"loss {i}" if i % 50 == 9 else "")
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split("left")[1].strip() for line in lines] == ["loss 9", "loss 59", "loss 59"]
