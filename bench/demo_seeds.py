@@ -84,7 +84,11 @@ def main() -> None:
     print("seed  " + "  ".join(names))
     for seed, row in rows.items():
         print(f"{seed:4}  " + "  ".join(f"{row[name]:{len(name)}.0f}" for name in names))
-    print("all   " + "  ".join(f"{sum(row[name] for row in rows.values()):{len(name)}.0f}" for name in names))
+    total = {name: sum(row[name] for row in rows.values()) for name in names}
+    print("all   " + "  ".join(f"{total[name]:{len(name)}.0f}" for name in names))
+    enough = total["recovered"] >= 0.8 * total["planted"] and total["interval excludes 0"] >= 0.5 * total["planted"]
+    if not enough or total["significant the wrong way"] or total["null 1"] or total["null 2"]:
+        raise SystemExit("below target: 80 % recovered, half of the intervals clear of 0, none wrong, nulls silent")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"init {arguments.init}; 20 planted directions per side and frequency")
     print("seed  column    side   recall at 1%  recall at 0.2%  precision  seconds")
+    missed = []
     for seed in range(arguments.seeds):
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +74,11 @@ def main() -> None:
             for side, r in sides.items():
                 figures = f"{r[COMMON]:12.2f}  {r[RARE]:14.2f}  {r[0.0]:9.2f}  {time.monotonic() - started:7.0f}"
                 print(f"{seed:4}  {column:8}  {side:5}  {figures}", flush=True)
+                recall = r[COMMON] >= 0.9 if column == "class" else r[RARE] >= 0.7
+                if not recall or r[0.0] < 0.8:
+                    missed.append(f"seed {seed}, {column}, {side}")
+    if missed:
+        raise SystemExit(f"below target (class: 0.9 at 1%; specific: 0.7 at 0.2%; precision 0.8): {missed}")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,24 @@ if typing.TYPE_CHECKING:
     from fastdiff.progress import Progress
 
 _DIRECTORY = click.Path(file_okay=False, path_type=Path)
-_EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
-_EXISTING = click.Path(exists=True, path_type=Path)
 Command = Callable[..., None]
+
+
+class _Existing(click.Path):
+    """A path that must be there; if not, that is bad input (exit 3) like any other missing file."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        from fastdiff.errors import InputError
+
+        path = Path(super().convert(value, param, ctx))
+        if not path.exists():
+            raise InputError(f"{path}: no such {'file or directory' if self.file_okay else 'directory'}")
+        return path
+
+
+_EXISTING_DIRECTORY = _Existing(file_okay=False)
+_EXISTING = _Existing()
 
 
 class _StageCommand(click.Command):

@@ -15,6 +15,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StoreDtype = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# a default that depends on other fields: the template shows it as a comment
+_DERIVED: dict[str, Any] = {"derived": True}
 
 
 class StageConfig(BaseModel):
@@ -29,8 +32,8 @@ Stage = TypeVar("Stage", bound=StageConfig)
 class ExtractConfig(StageConfig):
     """Which activations to take, from which models, over which text."""
 
-    base: str = Field(description="Base model: a path or a Hugging Face id.")
-    tuned: str = Field(description="Tuned model: a path or a Hugging Face id.")
+    base: str = Field(min_length=1, description="Base model: a path or a Hugging Face id.")
+    tuned: str = Field(min_length=1, description="Tuned model: a path or a Hugging Face id.")
     # YAML reads an unquoted 13 or 0.5 as a number
     layer: str = Field(
         "0.5",
@@ -62,7 +65,7 @@ class ExtractConfig(StageConfig):
     store_dtype: StoreDtype = Field("bfloat16", description="Precision on disk.")
     shard_rows: PositiveInt = Field(1_000_000, description="Rows in one shard file.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
-    seed: NonNegativeInt = Field(0, description="Order of the documents.")
+    seed: Seed = Field(0, description="Order of the documents.")
 
 
 class TrainConfig(StageConfig):
@@ -77,7 +80,9 @@ class TrainConfig(StageConfig):
     batch_size: PositiveInt = Field(4096, description="Tokens in one step.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of Adam.")
     warmup_steps: NonNegativeInt = Field(
-        1000, description="Steps over which the learning rate rises linearly; unless given, at most a tenth."
+        1000,
+        json_schema_extra=_DERIVED,
+        description="Steps over which the learning rate rises linearly; unless given, at most a tenth.",
     )
     decay_steps: NonNegativeInt = Field(0, description="Last steps, over which it falls linearly to 0.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
@@ -94,6 +99,7 @@ class TrainConfig(StageConfig):
     bandwidth: float = Field(0.3, gt=0, description="Width of the straight-through window (jumprelu).")
     sparsity_warmup_steps: NonNegativeInt = Field(
         1000,
+        json_schema_extra=_DERIVED,
         description="Steps over which the penalty rises (relu, jumprelu); same rule as warmup-steps.",
     )
     init: Literal["independent", "shared"] = Field(
@@ -109,8 +115,8 @@ class TrainConfig(StageConfig):
     )
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
     log_every: PositiveInt = Field(50, description="Steps between lines in events.jsonl.")
-    seed: NonNegativeInt = Field(0, description="Initialisation of the weights.")
-    data_seed: NonNegativeInt = Field(0, description="Order of the data.")
+    seed: Seed = Field(0, description="Initialisation of the weights.")
+    data_seed: Seed = Field(0, description="Order of the data.")
     threads: NonNegativeInt = Field(0, description="CPU threads; 0 is what torch chooses.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
 
@@ -119,9 +125,10 @@ class TrainConfig(StageConfig):
     def _fit_warmup(cls, values: Any) -> Any:
         # a short run with the default of 1000 would never leave its warm-up
         steps = values.get("steps") if isinstance(values, dict) else None
-        if isinstance(steps, int):
-            for name in ("warmup_steps", "sparsity_warmup_steps"):
-                values = {name: min(1000, steps // 10), **values}
+        decay = values.get("decay_steps", 0) if isinstance(values, dict) else None
+        if isinstance(steps, int) and isinstance(decay, int):
+            fitting = max(0, min(1000, steps // 10, steps - decay))
+            values = {"warmup_steps": fitting, "sparsity_warmup_steps": fitting, **values}
         return values
 
     @model_validator(mode="after")
@@ -141,7 +148,7 @@ class TrainConfig(StageConfig):
 class AnalyzeConfig(StageConfig):
     """How latents are measured and shown."""
 
-    train_seed: NonNegativeInt = Field(0, description="Which crosscoder of the run: the seed it was trained with.")
+    train_seed: Seed = Field(0, description="Which crosscoder of the run: the seed it was trained with.")
     max_tokens: NonNegativeInt = Field(0, description="Tokens to read; 0 is the whole store.")
     batch_size: PositiveInt = Field(4096, description="Tokens in one pass through the encoder.")
     examples: NonNegativeInt = Field(8, description="Maximum-activating examples per latent.")
@@ -204,7 +211,9 @@ def validated(model: type[Stage], values: dict[str, Any]) -> Stage:
             elif name == "--":
                 problems.append(message)
             else:
-                problems.append(f"{name}: {message} (got {item['input']!r})")
+                # a whole section is no help in one line
+                got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+                problems.append(f"{name}: {message}{got}")
         raise OptionError("; ".join(problems)) from error
 
 
@@ -220,5 +229,7 @@ def template(model: type[StageConfig], indent: str = "") -> str:
             value = "[]" if str(field.annotation).startswith("list") else '""'
         else:
             value = json.dumps(field.default)
-        lines.append(f"{indent}{name}: {value}\n")
+        extra = field.json_schema_extra
+        derived = isinstance(extra, dict) and extra.get("derived")
+        lines.append(f"{indent}{'# ' if derived else ''}{name}: {value}\n")
     return "".join(lines)

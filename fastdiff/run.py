@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 import fastdiff
 from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
@@ -71,8 +73,10 @@ def _full_disk(path: Path) -> Iterator[None]:
     """Say in one line that the disk, or the user's share of it, is full."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError, sqlite3.OperationalError) as error:
+        # safetensors and SQLite have errors of their own for it
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "disk is full" in str(error):
             raise ResourceError(f"{path}: no space left on the device; free some and run again") from error
         raise
 

@@ -224,9 +224,9 @@ class TestRefusals:
         assert trained == []
 
     def test_a_missing_path_or_argument(self, fastdiff, tmp_path):
-        self.refuse(fastdiff("train", tmp_path / "nowhere", "-o", tmp_path / "run"), 2, "nowhere", "does not exist")
+        self.refuse(fastdiff("train", tmp_path / "nowhere", "-o", tmp_path / "run"), 3, "nowhere: no such file")
         self.refuse(fastdiff("train"), 2, "STORE")
-        self.refuse(fastdiff("annotate", tmp_path / "nowhere"), 2, "nowhere")
+        self.refuse(fastdiff("annotate", tmp_path / "nowhere"), 3, "nowhere: no such directory")
         self.refuse(fastdiff("extract", "--base", "a", "-o", tmp_path / "x"), 2, "--tuned", "--dataset")
 
     def test_a_stage_that_is_missing(self, fastdiff, tmp_path):

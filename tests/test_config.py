@@ -114,7 +114,10 @@ class TestTemplate:
         assert set(values) == set(RunConfig.model_fields)
         for section, field in RunConfig.model_fields.items():
             assert isinstance(field.annotation, type) and issubclass(field.annotation, StageConfig)
-            assert set(values[section]) == set(field.annotation.model_fields)
+            # a default that depends on other fields is a comment: written out it would no longer follow them
+            derived = {"warmup_steps", "sparsity_warmup_steps"} & set(field.annotation.model_fields)
+            assert set(values[section]) == set(field.annotation.model_fields) - derived
+            assert all(f"# {name}: 1000\n" in text for name in derived)
             for described in field.annotation.model_fields.values():
                 assert f"# {described.description}\n" in text
 
@@ -126,3 +129,22 @@ def test_the_json_schema_describes_every_field():
         definition = schema["$defs"][model.__name__]
         assert set(definition["properties"]) == set(model.model_fields)
         assert definition["additionalProperties"] is False
+
+
+def test_a_short_run_with_a_long_decay_fits_its_warmup():
+    assert validated(TrainConfig, {"steps": 100, "decay_steps": 95}).warmup_steps == 5
+    assert validated(TrainConfig, {"steps": 1}).warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "message"),
+    [
+        (TrainConfig, {"seed": 10**20}, "--seed: "),
+        (ExtractConfig, {"base": "", "tuned": "t", "dataset": ["x"]}, "--base: "),
+        (RunConfig, {"extract": {"base": "b", "tuned": "t", "dataset": ["x"]}, "train": {"k": 9, "dict_size": 8}}, "9"),
+    ],
+)
+def test_a_refusal_is_one_short_line(model, values, message):
+    with pytest.raises(OptionError, match=message) as error:
+        validated(model, values)
+    assert len(str(error.value)) < 160 and "\n" not in str(error.value)

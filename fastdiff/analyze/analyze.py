@@ -85,6 +85,10 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
     source, target = directory_of(run, config.train_seed), run / "analysis"
     settings = config.model_dump()
     with rundir.locked(run):
+        others = sorted(path.parent.name for path in run.glob(f"crosscoder/seed-*/{rundir.DONE}"))
+        if others and source.name not in others:
+            seeds = ", ".join(name.removeprefix("seed-") for name in others)
+            raise InputError(f"{run}: has no crosscoder of seed {config.train_seed}; choose --train-seed {seeds}")
         trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
         inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
         if rundir.is_done(target, "analyze", settings, inputs):
@@ -196,6 +200,8 @@ def _pass(
     if rows is not None:
         usable[:] = False
         usable[rows[rows < n_rows]] = True
+    if not usable.any():
+        raise InputError(f"{store.path}: no row to analyse among the first {n_rows}; raise --max-tokens")
     sums = ScalingSums.zeros(crosscoder.dict_size, store.n_models)
     firing = Firing.zeros(crosscoder.dict_size, n_sources, n_roles, config.examples)
     norm = crosscoder.code_norm().detach().double()
@@ -205,6 +211,10 @@ def _pass(
             batch = store.slice(start, stop)[torch.from_numpy(usable[start:stop])]
             at = start + np.flatnonzero(usable[start:stop])
             x = crosscoder.normalize(batch)
+            finite = torch.isfinite(x).flatten(1).all(dim=1)
+            if not bool(finite.all()):
+                row = at[int((~finite).nonzero()[0])]
+                raise InputError(f"{store.path}: row {row} holds NaN or infinity; extract it again")
             values, selection = crosscoder.encode(x)
             sums.add(W_dec, b_dec, x, values, selection)
             row = at[selection.row.cpu().numpy()]

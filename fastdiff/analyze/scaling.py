@@ -70,7 +70,9 @@ class ScalingSums:
         f = values.double()
         reconstruction = ops.sparse_decode(f, selection, W_dec.flatten(1)).view(x.shape) + b_dec
         f = f[by.order]
-        self.squares += _per_latent(f.square(), by.start).cpu()
+        # a running sum would be faster, but loses a weak latent's squares behind a strong one's
+        squares = ops.gather_add(torch.zeros_like(by.row), f.new_ones(1, 1), by.start, f.square())
+        self.squares += squares.squeeze(1).cpu()
         for sums, target in ((self.error, x - reconstruction), (self.reconstruction, reconstruction)):
             weighted = ops.gather_add(by.row, target.flatten(1), by.start, f).view(W_dec.shape)  # Σ_n f y_m
             sums += torch.einsum("fkd,fmd->fkm", W_dec[:, :2], weighted).cpu()
@@ -113,9 +115,3 @@ def nu(betas: Tensor, delta_norm: Tensor) -> Tensor:
     tuned = betas[:, 1, 0] / betas[:, 1, 1]
     base = betas[:, 0, 1] / betas[:, 0, 0]
     return torch.where(delta_norm >= 0.5, tuned, base)
-
-
-def _per_latent(entries: Tensor, start: Tensor) -> Tensor:
-    """Sums of entries [nnz], sorted by latent, over each latent's run."""
-    running = torch.cat((entries.new_zeros(1), entries.cumsum(dim=0)))
-    return running[start[1:]] - running[start[:-1]]

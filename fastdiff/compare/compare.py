@@ -106,8 +106,8 @@ def compare(
         facts = [_facts(run) for run in runs]
         if len({fact["base_identity"] for fact in facts}) > 1:
             raise OptionError(
-                f"{names[0]} and {names[1]} have different base models "
-                f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs one in common"
+                f"{names[0]} and {names[1]} have different base models, layers or hooks "
+                f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs them in common"
             )
         rundir.begin(target)
         sides = [_exclusive(run) for run in runs]
@@ -152,8 +152,17 @@ def _facts(run: Path) -> dict[str, str]:
     return {
         "base": names[0],
         "tuned": names[1],
-        "base_identity": base.get("weights_sha256") or f"{base['name']}@{base.get('revision')}",
+        "base_identity": _identity(base, run),
     }
+
+
+def _identity(base: dict[str, Any], run: Path) -> str:
+    """Which activations of which model: runs with the same one can be compared through it."""
+    weights = base.get("weights_sha256") or base.get("revision")
+    if weights is None:
+        # a store that does not say is only the same as itself
+        weights = rundir.read_json(run / "analysis" / rundir.DONE)["inputs"]["store"]
+    return f"{weights} {base.get('layer')} {base.get('hook')}"
 
 
 def _exclusive(run: Path) -> dict[str, LatentSet]:
@@ -161,9 +170,11 @@ def _exclusive(run: Path) -> dict[str, LatentSet]:
     labels = read_labels(run)
     counts: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
     mass: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
-    for label in labels.values():  # every category is in the table, also where nothing changed
-        for side in counts:
-            counts[side][label.category] += 0
+    sources = rundir.read_json(run / "analysis" / "summary.json")["sources"]
+    known = {source["category"] for source in sources if source["category"]}
+    for category in known | {label.category for label in labels.values()}:
+        for side in counts:  # every category is in the table, also where nothing changed
+            counts[side][category] += 0
     with (run / "analysis" / "latents.csv").open(encoding="utf-8", newline="") as f:
         for row in csv.DictReader(f):
             if not row["specific"]:
@@ -324,8 +335,13 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
                 for d in chosen
             )
             sentences.append(f"{words[0].upper()}{words[1:]}: {listed}.")
+    n = _n_categories(comparison)
+    if n == 0:
+        return [
+            f"{comparison.name}: the text has no categories, so there is none to compare; "
+            "extract it with --category-field."
+        ]
     if not sentences:
-        n = _n_categories(comparison)
         sentences.append(
             f"{comparison.name}: no category differs beyond noise (q < {config.alpha:g}, {n} categories, "
             f"{b.total} latents against {a.total})."

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.errors import InputError
+from fastdiff.errors import FastdiffError, InputError
 from fastdiff.run import SCHEMA, atomic_path, canonical_json, fsync_directory, read_json, write_json
 
 FORMAT = "fastdiff-crosscoder"
@@ -32,7 +32,14 @@ _KEEP = 2
 
 
 def save_crosscoder(directory: Path, crosscoder: Crosscoder, config: dict[str, Any]) -> None:
-    """Write `model.safetensors` and `config.json`, each whole or not at all."""
+    """Write `model.safetensors` and `config.json`, each whole or not at all.
+
+    Raises:
+        FastdiffError: A weight is NaN or infinite; nothing is written.
+    """
+    for name, tensor in crosscoder.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FastdiffError(f"{directory}: {name} holds NaN or infinity; train again with a lower --lr")
     config = {
         "schema": SCHEMA,
         "format": FORMAT,
@@ -102,6 +109,11 @@ def load_checkpoint(directory: Path, crosscoder: Crosscoder) -> tuple[dict[str, 
     state = read_json(found[-1] / "state.json")
     _load_into(crosscoder, found[-1] / MODEL)
     return _load_tensors(found[-1] / "optimizer.safetensors"), state
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """True if there is something to continue from."""
+    return bool(_checkpoints(directory))
 
 
 def _checkpoints(directory: Path) -> list[Path]:

@@ -51,7 +51,8 @@ def auxk(error: Tensor, pre: Tensor, W_dec: Tensor, k_aux: int) -> Tensor:
         f = f * torch.zeros_like(f).scatter_(1, chosen, 1.0)
     miss = (target - f @ W_dec.flatten(1)).square().sum(dim=1).mean()
     spread = (target - target.mean(dim=0)).square().sum(dim=1).mean()
-    return torch.nan_to_num(miss / spread, nan=0.0, posinf=0.0)
+    # 0/0 would be NaN in the backward pass even where its value is replaced
+    return torch.where(spread > 0, miss / torch.where(spread > 0, spread, 1.0), torch.zeros_like(miss))
 
 
 def l1(values: Tensor, latents: Tensor, code_norm: Tensor, n_tokens: int) -> Tensor:

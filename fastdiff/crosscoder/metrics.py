@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.crosscoder.model import Crosscoder
+from fastdiff.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Quality:
 
     Returns:
         Quality; FVE is a ratio of sums over all rows in float64, not a mean of batches. NaN on no rows.
+
+    Raises:
+        InputError: A row holds NaN or infinity.
     """
     M, D = crosscoder.b_dec.shape
     n, active = 0, 0
@@ -36,6 +40,8 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Quality:
     fired = torch.zeros(crosscoder.dict_size, dtype=torch.bool)
     for batch in batches:
         x = crosscoder.normalize(batch)
+        if not bool(torch.isfinite(x).all()):
+            raise InputError("an activation to evaluate on is NaN or infinite; extract the store again")
         values, selection = crosscoder.encode(x)
         with torch.no_grad():
             error = (x - crosscoder.decode(values, selection)).double().cpu()

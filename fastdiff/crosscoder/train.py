@@ -17,6 +17,7 @@ from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.checkpoint import (
     CONFIG,
     MODEL,
+    has_checkpoint,
     load_checkpoint,
     save_checkpoint,
     save_crosscoder,
@@ -74,9 +75,8 @@ def train(
             progress.say(f"train: {target} is up to date")
             return target
         _refuse_other(target, settings, inputs, overwrite)
-        rundir.begin(target)
-        rundir.write_json(target / "started.json", {"schema": 1, "config": settings, "inputs": inputs})
         rows = _training_rows(store, config)
+        rundir.begin(target)
         shuffler = Shuffler(store, batch_size=config.batch_size, seed=config.data_seed, n_rows=len(rows), rows=rows)
         crosscoder = Crosscoder(
             config.dict_size, store.n_models, store.d_model, activation=config.activation, k=config.k
@@ -93,10 +93,13 @@ def train(
             # the order of a sum depends on the number of threads, and so do the last bits of the weights
             torch.set_num_threads(state["threads"])
             progress.say(f"train: continuing from step {state['step']}")
+        # only now: what could not even start must not stand in the way of the next try
+        rundir.write_json(target / "started.json", {"schema": 1, "config": settings, "inputs": inputs})
         _loop(trainer, shuffler, target, rundir.Events(run), progress)
+        rows_name = "held-out" if store.n_train(config.holdout) < store.n_rows else "training"
         quality = evaluate(crosscoder, _evaluation_batches(store, config))
-        rundir.Events(run).write("evaluate", step=config.steps, **asdict(quality))
-        _report(quality, progress)
+        rundir.Events(run).write("evaluate", step=config.steps, rows=rows_name, **asdict(quality))
+        _report(quality, rows_name, progress)
         facts = {
             "models": [model.model_dump() for model in store.meta.models],
             "train": settings,
@@ -113,7 +116,8 @@ def train(
 def _refuse_other(target: Path, settings: dict[str, Any], inputs: dict[str, str], overwrite: bool) -> None:
     """Another configuration's results are replaced only when that was asked for."""
     path = target / "started.json"
-    if overwrite or not path.exists():
+    started = path.exists() and ((target / rundir.DONE).exists() or has_checkpoint(target / "checkpoints"))
+    if overwrite or not started:
         return
     before = rundir.read_json(path)
     if before["inputs"] != inputs:
@@ -136,7 +140,8 @@ def _training_rows(store: ActivationStore, config: TrainConfig) -> np.ndarray:
         raise OptionError(
             f"{store.path}: {len(rows)} training rows are fewer than --batch-size {config.batch_size}; lower it"
         )
-    if config.normalize == "rms" and min(store.stats().variance) <= 0:
+    # also without normalisation: statistics of NaN or infinity are refused
+    if min(store.stats().variance) <= 0:
         raise InputError(f"{store.path}: the activations of one model never vary; nothing can be learned")
     return rows
 
@@ -210,10 +215,10 @@ def _evaluation_batches(store: ActivationStore, config: TrainConfig) -> Iterator
         yield store.rows(rows[begin : begin + config.batch_size])
 
 
-def _report(quality: Quality, progress: Progress) -> None:
+def _report(quality: Quality, rows_name: str, progress: Progress) -> None:
     fve = ", ".join(f"{v:.3f}" for v in quality.fve)
     progress.say(
-        f"train: fve {fve} on {quality.n_rows:,} held-out rows, l0 {quality.l0_mean:.1f}, "
+        f"train: fve {fve} on {quality.n_rows:,} {rows_name} rows, l0 {quality.l0_mean:.1f}, "
         f"{quality.dead_fraction:.1%} of latents silent there"
     )
 

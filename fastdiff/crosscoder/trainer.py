@@ -47,7 +47,7 @@ class Trainer:
         """One update on stored activations [B, M, D].
 
         Raises:
-            FastdiffError: The loss is not finite; the weights are still those of the last good step.
+            FastdiffError: The loss or its gradient is not finite; the weights are still those of the last good step.
         """
         c, config, t = self.crosscoder, self.config, self.step_number
         k = schedule.active_latents(t, k=config.k, k_start=config.k_start, anneal=config.k_anneal_steps)
@@ -115,8 +115,12 @@ class Trainer:
         config = self.config
         self._adam.zero_grad()
         loss.backward()
-        if config.clip > 0:
-            torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), config.clip)
+        largest = config.clip if config.clip > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), largest)
+        if not bool(torch.isfinite(norm)):
+            raise FastdiffError(
+                f"step {self.step_number}: the gradient is {norm.item()}; lower --lr or look at the activations"
+            )
         self._adam.param_groups[0]["lr"] = schedule.learning_rate(
             self.step_number,
             base=config.lr,

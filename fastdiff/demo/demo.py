@@ -1,6 +1,6 @@
 """The demonstration: three tiny models with planted differences, the whole road, and what of it was found.
 
-<out>/models/         base, it (fine-tuned), simpo (preference-tuned), texts.jsonl
+<out>/models/         base, it (fine-tuned), simpo (preference-tuned), corpus/texts.jsonl
 <out>/acts-it, acts-simpo, it/, simpo/     a store and a run for (base, it) and (base, simpo)
 <out>/compare/        the triangle, and truth.json: each planted change and whether it was recovered
 <out>/report/         report.html
@@ -15,6 +15,7 @@ from fastdiff import run as rundir
 from fastdiff.compare.compare import compare
 from fastdiff.config import AnalyzeConfig, CompareConfig, ExtractConfig, RunConfig, TrainConfig
 from fastdiff.demo.models import make_demo_models
+from fastdiff.errors import OptionError
 from fastdiff.pipeline import label_pair
 from fastdiff.progress import SILENT, Progress
 from fastdiff.report.builder import build_report
@@ -76,8 +77,11 @@ def run_demo(out: Path, seed: int, progress: Progress = SILENT, *, small: bool =
         The report and the score.
 
     Raises:
+        OptionError: `out` holds something else.
         FastdiffError: What the stages raise.
     """
+    if out.exists() and any(out.iterdir()) and not (out / "models").is_dir():
+        raise OptionError(f"{out}: holds something else than a demo; choose another -o")
     models = make_demo_models(out / "models", seed, progress, small=small)
     for name, tuned in zip(PAIRS, (models.it, models.simpo), strict=True):
         config = pair_config(models.base, tuned, models.texts, seed, small=small)

@@ -83,7 +83,11 @@ def describe(name_or_path: str) -> ModelSource:
     Raises:
         InputError: There is no such directory or id, or it holds no model configuration.
     """
-    if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
+    # owner/name may be an id, but not where a local directory is called like the owner
+    looks_local = name_or_path.startswith(("/", ".", "~")) or (
+        "/" in name_or_path and Path(name_or_path).parent.is_dir()
+    )
+    if looks_local and not Path(name_or_path).is_dir():
         raise InputError(f"{name_or_path}: no such directory; a model is a directory or a Hugging Face id")
     try:
         with quiet():

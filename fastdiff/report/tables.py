@@ -63,10 +63,12 @@ def trust(run: Run) -> dict[str, Any]:
         words = f"The crosscoder explains {number(fve)} of the {side} model's variance, less than {_FVE_LEAST}."
         measure(f"Variance explained, {side}", number(fve), words if poor else None)
     dead = quality.dead_fraction
-    words = f"{_percent(dead)} of the latents are dead, more than {_percent(_DEAD_MOST)}."
-    measure("Dead latents", _percent(dead), words if dead is None or dead > _DEAD_MOST else None)
+    measure(f"Silent on rows {quality.rows}", _percent(dead), None)
     measure("Active latents per token, L0", number(quality.l0_mean), None)
-    measure("Never fired on this text", f"{run.summary.never_fired:,} of {run.summary.dict_size:,}", None)
+    never = run.summary.never_fired / run.summary.dict_size
+    words = f"{_percent(never)} of the latents never fired on this text, more than {_percent(_DEAD_MOST)}."
+    fired = f"{run.summary.never_fired:,} of {run.summary.dict_size:,}"
+    measure("Never fired on this text", fired, words if never > _DEAD_MOST else None)
     for side in ("base", "tuned"):
         n = specific.get(side, 0)
         words = f"Only {n:,} latents are specific to {side}; shares of so few are coarse."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import _native
 from fastdiff.errors import InputError, OptionError
-from fastdiff.run import read_json, sha256_file
+from fastdiff.run import read_json, sha256_file, sha256_text
 from fastdiff.store.documents import cut_before_holdout
 from fastdiff.store.format import (
     COLUMNS,
@@ -83,9 +83,16 @@ class ActivationStore:
         self._close()
 
     def sha256(self) -> str:
-        """Hash of `store.json`, which holds the hashes of the shards; for a bare file, of the whole file."""
+        """Hash of `store.json`, which holds the hashes of the shards; where it does not, of the shards too.
+
+        A bare file, and a shard without a recorded hash, is read whole.
+        """
         if self._sha256 is None:
-            self._sha256 = sha256_file(self.path / STORE_FILE if self.path.is_dir() else self.path)
+            known = {info.file for info in self.meta.shards or [] if info.sha256 is not None}
+            unknown = [shard.path for shard in self._shards if shard.path.name not in known]
+            parts = [self.path / STORE_FILE] * self.path.is_dir() + unknown
+            hashes = [sha256_file(part) for part in parts]
+            self._sha256 = hashes[0] if len(hashes) == 1 else sha256_text(" ".join(hashes))
         return self._sha256
 
     def rows(self, rows: NDArray[np.int64], *, n_threads: int = 2) -> Tensor:

@@ -66,6 +66,21 @@ def test_equals_brute_force(activation, seed):
         assert got[target].isfinite().sum() > 24
 
 
+def test_a_weak_latent_beside_a_strong_one_keeps_its_beta():
+    c = random_crosscoder(5, "relu")
+    x = torch.randn(300, 2, 7, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        c.W_enc[0] *= 1e5
+        c.W_enc[1] *= 1e-6
+        c.b_enc[:2] = 0
+    sums = ScalingSums.zeros(c.dict_size, 2)
+    values, selection = c.encode(x)
+    sums.add(c.W_dec.detach().double(), c.b_dec.detach().double(), x, values, selection)
+    got, want = sums.betas(c.W_dec), brute_force(c, x)
+    for target in ("reconstruction", "activation"):
+        torch.testing.assert_close(got[target][:2], want[target][:2], rtol=1e-6, atol=0)
+
+
 def test_nu_takes_the_role_of_its_side():
     betas = torch.tensor([[[8.0, 2.0], [1.0, 4.0]]], dtype=torch.float64).repeat(3, 1, 1)
     ratio = nu(betas, torch.tensor([0.9, 0.5, 0.1]))

@@ -38,10 +38,10 @@ def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=Non
                     labels.append({"latent": n, "label": "", "category": category, "confidence": 1.0})
                 n += 1
     models = [{"name": base, "revision": None, "weights_sha256": weights}, {"name": tuned, "revision": None}]
-    rundir.write_json(analysis / "summary.json", {"schema": 1, "models": models})
+    rundir.write_json(analysis / "summary.json", {"schema": 1, "models": models, "sources": []})
     for name in OUTPUTS[2:]:
         (analysis / name).write_bytes(b"")
-    rundir.finish(analysis, "analyze", {}, {}, OUTPUTS)
+    rundir.finish(analysis, "analyze", {}, {"store": rundir.sha256_text(base)}, OUTPUTS)
     done = rundir.require_done(analysis, "")
     rundir.begin(target)
     lines = [json.dumps({**label, "annotator": "x", "top_tokens": []}, ensure_ascii=False) + "\n" for label in labels]
@@ -199,7 +199,7 @@ def test_without_any_category_nothing_is_claimed(tmp_path):
     run = fake_run(tmp_path / "r", [("base", UNINTERPRETABLE, 40), ("tuned", None, 40)])
     compare([run], run, CONFIG)
     (sentence,) = rundir.read_json(run / "compare" / "statistics.json")["verdict"]
-    assert "no category differs" in sentence and "0 categories" in sentence
+    assert "the text has no categories" in sentence and "--category-field" in sentence
     assert all(row["significant"] == "0" for row in table(run).values())
 
 
@@ -326,7 +326,9 @@ class TestTwoRuns:
         compare(runs, out, CONFIG)
         before = (out / "compare" / "DONE.json").read_bytes()
         other = fake_run(tmp_path / "other", IT, base="models/another")
-        with pytest.raises(OptionError, match=r"it and other have different base models \(base, another\)"):
+        with pytest.raises(
+            OptionError, match=r"it and other have different base models, layers or hooks \(base, another\)"
+        ):
             compare([runs[0], other], out, CONFIG)
         assert (out / "compare" / "DONE.json").read_bytes() == before
 
@@ -401,3 +403,30 @@ def test_numbers_in_the_table_are_finite_or_absent(tmp_path):
     for row in table(run).values():
         values = [value for name, value in row.items() if name not in ("comparison", "category", "side_a", "side_b")]
         assert all(value == "" or math.isfinite(float(value)) for value in values)
+
+
+def test_a_category_of_the_text_that_no_latent_stands_for_is_in_the_table(tmp_path):
+    run = fake_run(tmp_path / "r", SAME)
+    path = run / "analysis" / "summary.json"
+    sources = [{"dataset": "d", "category": "poetry"}, {"dataset": "d", "category": None}]
+    rundir.write_json(path, rundir.read_json(path) | {"sources": sources})
+    done = rundir.read_json(run / "analysis" / "DONE.json")
+    rundir.finish(run / "analysis", "analyze", {}, done["inputs"], OUTPUTS)
+    outputs = rundir.require_done(run / "analysis", "")["outputs"]
+    rundir.finish(run / "annotate", "annotate", {}, outputs, ["labels.jsonl"])
+    compare([run], run, CONFIG)
+    assert counts(table(run)["base→tuned", "poetry"]) == (0, 40, 0, 40)
+    assert {category for _, category in table(run)} == {"code", "law", "math", "poetry"}
+
+
+def test_runs_at_different_layers_or_of_unknown_models_are_not_triangulated(tmp_path):
+    runs = [fake_run(tmp_path / name, SAME, weights="aa") for name in ("a", "b")]
+    path = runs[1] / "analysis" / "summary.json"
+    summary = rundir.read_json(path)
+    summary["models"][0]["layer"] = 2
+    rundir.write_json(path, summary)
+    rundir.finish(runs[1] / "analysis", "analyze", {}, {"store": "0"}, OUTPUTS)
+    outputs = rundir.require_done(runs[1] / "analysis", "")["outputs"]
+    rundir.finish(runs[1] / "annotate", "annotate", {}, outputs, ["labels.jsonl"])
+    with pytest.raises(OptionError, match="layers or hooks"):
+        compare(runs, tmp_path / "out", CONFIG)

@@ -12,7 +12,7 @@ from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import train as stage
 from fastdiff.crosscoder.checkpoint import load_crosscoder
 from fastdiff.crosscoder.trainer import Trainer
-from fastdiff.errors import InputError, LockedError, OptionError
+from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
 from fastdiff.store.writer import StoreWriter
 
 D = 6
@@ -174,3 +174,55 @@ def test_a_run_that_another_process_writes_is_refused(tmp_path):
         with pytest.raises(LockedError, match=f"process {other.pid}"):
             stage.train(store, tmp_path / "run", config())
         other.stdin.close()
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way(tmp_path):
+    store = make_store(tmp_path / "acts", n=200)
+    with pytest.raises(OptionError, match="--batch-size 512"):
+        stage.train(store, tmp_path / "run", config(batch_size=512))
+    with pytest.raises(OptionError, match="--device cuda:99"):
+        stage.train(store, tmp_path / "run", config(device="cuda:99"))
+    bad = make_store(tmp_path / "bad", n=200, bad_row=3)
+    with pytest.raises(InputError, match="NaN"):
+        stage.train(bad, tmp_path / "run", config())
+    stage.train(store, tmp_path / "run", config())
+
+
+@pytest.mark.parametrize("normalize", ["rms", "none"])
+def test_nan_among_the_held_out_rows_is_refused(tmp_path, normalize):
+    store = make_store(tmp_path / "acts", n=500, bad_row=498)
+    with pytest.raises(InputError, match="NaN"):
+        stage.train(store, tmp_path / "run", config(normalize=normalize))
+
+
+def test_one_token_of_dead_latents_leaves_finite_weights(tmp_path):
+    """AuxK divides by the spread of the error, which one token does not have."""
+    store = make_store(tmp_path / "acts")
+    directory = stage.train(store, tmp_path / "run", config(batch_size=1, dead_tokens=1, steps=5))
+    crosscoder, _ = load_crosscoder(directory)
+    for name, tensor in crosscoder.state_dict().items():
+        assert bool(torch.isfinite(tensor).all()), name
+
+
+def test_a_store_without_recorded_hashes_is_known_by_its_data(tmp_path, monkeypatch):
+    import h5py
+
+    store = make_store(tmp_path / "acts", n=500)
+    (store / "store.json").write_text('{"schema": 1, "models": [{"name": "b"}, {"name": "t"}]}')
+    stage.train(store, tmp_path / "run", config())
+    with h5py.File(store / "shard-00000.h5", "r+") as f:
+        f["activations"][7] = 3.0
+    with pytest.raises(OptionError, match="another store"):
+        stage.train(store, tmp_path / "run", config())
+
+
+def test_a_full_disk_is_a_resource_error(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    store = make_store(tmp_path / "acts", n=500)
+    monkeypatch.setattr("fastdiff.crosscoder.checkpoint.save_file", full)
+    with pytest.raises(ResourceError, match="no space left"):
+        stage.train(store, tmp_path / "run", config())

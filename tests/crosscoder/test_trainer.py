@@ -131,12 +131,15 @@ def test_threshold_is_set_by_the_first_step():
 
 
 def test_inference_l0_matches_k_after_training():
-    trainer, config = make("batchtopk")
-    for batch in batches(30):
+    config = TrainConfig(dict_size=F, k=4, steps=250, batch_size=B, lr=3e-3)
+    crosscoder = Crosscoder(F, M, D, activation="batchtopk", k=4)
+    trainer = Trainer(crosscoder, config)
+    data = batches(250)
+    crosscoder.initialize(data[0], init="independent", seed=0)
+    for batch in data:
         trainer.step(batch)
-    held_out = torch.cat(batches(5, seed=0))
-    values, _ = trainer.crosscoder.encode(trainer.crosscoder.normalize(held_out))
-    assert len(values) / len(held_out) == pytest.approx(config.k, rel=0.5)
+    values, _ = crosscoder.encode(torch.cat(data[-20:]))
+    assert len(values) / (20 * B) == pytest.approx(4, rel=0.1)
 
 
 def dense_penalty(trainer: Trainer, batch: torch.Tensor, weight: float) -> torch.Tensor:
@@ -199,6 +202,27 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights():
         trainer.step(bad)
     for name, parameter in trainer.crosscoder.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(clip, monkeypatch):
+    trainer, _ = make("batchtopk")
+    trainer.config = trainer.config.model_copy(update={"clip": clip})
+    before = trainer.crosscoder.W_dec.detach().clone()
+
+    class Overflows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, error):
+            return error.square().mean()
+
+        @staticmethod
+        def backward(ctx, d_loss):
+            return torch.full((B, M, D), torch.inf)
+
+    monkeypatch.setattr("fastdiff.crosscoder.losses.reconstruction", lambda error, _: Overflows.apply(error))
+    with pytest.raises(FastdiffError, match="step 0: the gradient is"):
+        trainer.step(batches(1)[0])
+    assert torch.equal(trainer.crosscoder.W_dec, before)
 
 
 def test_state_carries_everything_to_another_trainer():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastdiff.kernels import ops, reference
 from fastdiff.kernels.selection import Selection
@@ -96,3 +98,14 @@ def test_k_out_of_range_is_refused():
         ops.topk(torch.ones(2, 5), 0)
     with pytest.raises(ValueError, match=r"\[B, F\], got \(5,\)"):
         ops.topk(torch.ones(5), 1)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_scores_are_selected_as_defined(data):
+    B, F = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 70))
+    k = data.draw(st.integers(1, F))
+    cells = st.sampled_from([0.0, -0.0, -1.0, 0.5, 1.0, 1.0, 2.0, float("inf"), float("-inf"), float("nan")])
+    score = torch.tensor(data.draw(st.lists(cells, min_size=B * F, max_size=B * F)), dtype=torch.float64).view(B, F)
+    assert torch.equal(mask_of(ops.topk(score, k)), reference.select_topk(score, k))
+    assert torch.equal(mask_of(ops.batchtopk(score, k)[0]), reference.select_batchtopk(score, k))
