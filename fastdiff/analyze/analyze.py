@@ -64,6 +64,11 @@ OUTPUTS = ["latents.csv", "summary.json", "firing.safetensors", "examples.sqlite
 # share of the cards that show latents both models have, as a control for the reader and the annotator
 _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
+_WITHOUT = {
+    "sequence_ids": "every row counts as a document of its own, and no examples are shown",
+    "token_ids": "no examples are shown",
+    "sources": "there are no categories to compare",
+}
 
 
 def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, store_path: Path | None = None) -> Path:
@@ -125,6 +130,9 @@ def _analyze(
     progress: Progress,
 ) -> None:
     n_rows = min(store.n_rows, config.max_tokens or store.n_rows)
+    for column, lack in _WITHOUT.items():
+        if store.column(column) is None:
+            progress.say(f"analyze: the store has no {column}: {lack}")
     sums, firing, n_tokens, totals = _pass(store, crosscoder, n_rows, config, progress)
     table = _latent_table(crosscoder, sums, firing, n_tokens, config)
     table["top_tokens"] = _top_tokens(store, firing)

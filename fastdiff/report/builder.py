@@ -125,6 +125,7 @@ def _render(findings: Findings, assets: Mapping[str, str]) -> tuple[str, dict[st
         comparisons=tables.category_tables(findings),
         planted=tables.planted(findings),
         n_cards=sum(len(run.cards) for run in findings.runs),
+        n_examples=sum(len(card.examples) for run in findings.runs for card in run.cards),
         island=Markup(encode(island(findings.runs))),
         embedded={name: Markup(text) for name, text in embedded.items()},
         whole=whole,
