@@ -37,7 +37,7 @@ class _Existing(click.Path):
         """The path."""
         from fastdiff.errors import InputError
 
-        path = Path(super().convert(value, param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.exists():
             raise InputError(f"{path}: no such {'file or directory' if self.file_okay else 'directory'}")
         return path
