@@ -38,7 +38,7 @@ def write_examples(
     *,
     context: int,
     batch_size: int,
-) -> int:
+) -> None:
     """Write the examples of some latents.
 
     Args:
@@ -50,9 +50,6 @@ def write_examples(
         top_row: Its row, [F, n].
         context: Tokens on each side of a peak, within the document.
         batch_size: Rows in one pass through the encoder.
-
-    Returns:
-        Number of examples written.
     """
     token_ids, sequence_ids = store.column("token_ids"), store.column("sequence_ids")
     spots: list[tuple[int, int, int, int, int]] = []  # latent, rank, row, first row, last row + 1
@@ -91,7 +88,6 @@ def write_examples(
                     ),
                 )
         db.close()
-    return len(spots)
 
 
 class _Heat:
