@@ -1,6 +1,7 @@
-"""Every op of this package as a dense one-liner in plain torch: the definition of correct.
+"""Selections and products as dense one-liners in plain torch: the definition of correct.
 
-Autograd derives the gradients. Nothing here is fast; tests compare the other implementations with it in
+JumpReLU, whose gradient is a straight-through estimate, is defined by the formulas in `jumprelu`. Elsewhere
+autograd derives the gradients. Nothing here is fast; tests compare the other implementations with it in
 float64. A selection is a boolean mask [B, F]; ties go to the lowest index (of the row for TopK, of the
 flattened batch for BatchTopK); only scores above zero are ever selected, NaN and infinity never.
 """

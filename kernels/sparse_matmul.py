@@ -7,7 +7,7 @@
                                                                      dW_enc[j] = Σ_{i of j} d_values[i] · x[row[i]]
 
 Decode and both weight gradients are the same gather-and-add, `embedding_bag`, over the entries by token or by
-latent. With B 2048, C 512, F 4096, K 32 on 2 cores a step takes 2.7x less time than dense autograd.
+latent.
 """
 
 import functools
