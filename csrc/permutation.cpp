@@ -44,6 +44,20 @@ std::uint64_t Permutation::operator()(std::uint64_t x) const {
     return x;
 }
 
+std::uint64_t Permutation::inverse(std::uint64_t y) const {
+    do {
+        std::uint64_t left = y >> half_bits_;
+        std::uint64_t right = y & half_mask_;
+        for (auto key = keys_.rbegin(); key != keys_.rend(); ++key) {
+            const std::uint64_t previous = right ^ (mix(left ^ *key) & half_mask_);
+            right = left;
+            left = previous;
+        }
+        y = (left << half_bits_) | right;
+    } while (y >= n_);
+    return y;
+}
+
 void permute(const Permutation& order, std::uint64_t start, std::size_t count, std::int64_t* out) {
     for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<std::int64_t>(order(start + i));
 }

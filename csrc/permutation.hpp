@@ -13,7 +13,7 @@
 //               result (l << h) | r: a bijection of [0, 4^h)
 //   order(x):   repeat x = pass(x) until x < n                        (cycle walking: a bijection of [0, n))
 //
-// 4^h < 4n for n > 1, so the walk takes fewer than 4 passes on average.
+// 4^h < 4n for n > 1, so the walk takes fewer than 4 passes on average. The inverse runs the rounds backwards.
 // Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains"; Steele et al. 2014 for splitmix64.
 #pragma once
 
@@ -30,6 +30,9 @@ class Permutation {
 
     // Where index `x` in [0, n) of the epoch points to, in [0, n).
     std::uint64_t operator()(std::uint64_t x) const;
+
+    // The index that points to `y`.
+    std::uint64_t inverse(std::uint64_t y) const;
 
  private:
     static constexpr int kRounds = 6;

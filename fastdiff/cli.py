@@ -389,6 +389,68 @@ def run(
     _print(as_json, "\n".join([*verdict, f"report: {path}"]), report=path, verdict=verdict)
 
 
+@cli.command("import")
+@click.argument("sources", nargs=-1, required=True)
+@click.option("-o", "--out", type=_DIRECTORY, required=True, help="Store directory to create.")
+@click.option("--name", "names", multiple=True, help="Name of a model, in the order of the sources; may be repeated.")
+@click.option("--dataset-name", help="Tensor or data set to take from each file.")
+@click.option("--bits", type=click.Choice(["bfloat16"]), help="What 2-byte values without a float type hold.")
+@click.option(
+    "--store-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Type to store; else the sources' own."
+)
+@click.option("--shard-rows", type=click.IntRange(min=1), default=1_000_000, help="Rows in one shard file.")
+@click.option("--token-ids", type=_EXISTING, help=".npy or .pt file with the token of each row.")
+@click.option("--sequence-ids", type=_EXISTING, help=".npy or .pt file with the document of each row.")
+@click.option("--bos-token-id", type=int, help="Leave rows of this token out of training; it begins a sequence.")
+@_replacing
+@_shared
+def import_(
+    sources: tuple[str, ...], out: Path, resume: bool, overwrite: bool, as_json: bool, quiet: bool, progress_mode: Any,
+    **given: Any,
+) -> None:  # fmt: skip
+    """Make a store from activations that other tools have written.
+
+    SOURCES are activation caches of dictionary_learning or diffing-toolkit, .npy, .safetensors or .h5 files: one with
+    all models (rows, models, width), or one per model (rows, width), base first. FILE:NAME takes one of several
+    tensors or data sets.
+
+    \b
+    fastdiff import base/layer_13_out tuned/layer_13_out -o acts/
+    fastdiff import base.npy tuned.npy --token-ids tokens.npy -o acts/
+    """
+    from fastdiff.store.importers import ImportOptions, import_store
+
+    store = import_store(
+        sources, out, ImportOptions(**given), _progress(progress_mode, quiet), resume=resume, overwrite=overwrite
+    )
+    _print(as_json, str(store), store=store)
+
+
+@cli.command()
+@click.argument("path", type=_EXISTING)
+@click.option("--quick", is_flag=True, help="Leave the activations unread: structure, metadata and columns only.")
+@click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads that read and sum.")
+@_shared
+def verify(path: Path, quick: bool, threads: int, as_json: bool, quiet: bool, progress_mode: Any) -> None:
+    """Check a store (directory or .h5) or a run directory against its own checksums.
+
+    \b
+    fastdiff verify acts/
+    fastdiff verify run/
+    """
+    from fastdiff.store.verify import verify_store
+    from fastdiff.store.verify_run import is_run, verify_run
+
+    if is_run(path):
+        found = verify_run(path)
+    else:
+        found = verify_store(path, quick=quick, n_threads=threads, progress=_progress(progress_mode, quiet))
+    facts = {"problems": found.problems, "n_problems": found.n_problems, "notes": found.notes, **found.facts}
+    _print(as_json, "\n".join(found.summary()), path=path, sound=not found.n_problems, **facts)
+    if found.n_problems:
+        click.get_current_context().exit(3)
+
+
 @cli.group()
 def config() -> None:
     """Make and describe configuration files."""

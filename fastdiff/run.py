@@ -125,7 +125,7 @@ def read_json(path: Path, schema: int | None = SCHEMA) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if schema is not None and (not isinstance(value, dict) or value.get("schema") != schema):
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__

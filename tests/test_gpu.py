@@ -1,5 +1,9 @@
 """The same road on CUDA: run with `pytest -m gpu` on a machine that has it."""
 
+from pathlib import Path
+
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +11,8 @@ from fastdiff.analyze.scaling import TARGETS, ScalingSums
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.trainer import Trainer
+from fastdiff.store.reader import ActivationStore
+from fastdiff.store.shuffler import Shuffler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +53,18 @@ def test_training_and_scaling_agree_with_the_cpu(activation):
     assert float((fired_cpu == fired_gpu).double().mean()) > 0.95
     for target in TARGETS:
         torch.testing.assert_close(betas_gpu[target], betas_cpu[target], rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["exact", "block"])
+def test_batches_on_the_device_are_those_of_the_cpu(tmp_path: Path, mode: str):
+    values = np.random.default_rng(0).standard_normal((3000, 2, 256)).astype(np.float16)
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f.create_dataset("activations", data=values)
+    with ActivationStore(tmp_path / "a.h5") as store:
+        shuffler = Shuffler(store, batch_size=100, seed=0, mode=mode, pool_rows=None if mode == "exact" else 512)
+        device = torch.device("cuda")
+        # used late and all kept: a batch must not be what was read after it into the same place
+        there = list(shuffler.stream(0, 60, device))
+        assert all(batch.device.type == "cuda" for batch in there)
+        for step, batch in enumerate(there):
+            assert torch.equal(batch.cpu(), shuffler.batch(step))

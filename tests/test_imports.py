@@ -24,7 +24,7 @@ ROWS = [
     {"crosscoder", "extract"},
     {"store"},
     {"run"},
-    {"progress", "device"},
+    {"progress", "device", "memory"},
     {"config"},
     {"errors"},
     {"kernels", "_native"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff import run as rundir
@@ -77,13 +78,14 @@ def train(
         _refuse_other(target, settings, inputs, overwrite)
         rows = _training_rows(store, config)
         rundir.begin(target)
-        shuffler = Shuffler(store, batch_size=config.batch_size, seed=config.data_seed, n_rows=len(rows), rows=rows)
         crosscoder = Crosscoder(
             config.dict_size, store.n_models, store.d_model, activation=config.activation, k=config.k
         )
         crosscoder.to(resolve_device(config.device))
         trainer = Trainer(crosscoder, config)
         loaded = load_checkpoint(target / "checkpoints", crosscoder) if resume and not overwrite else None
+        shuffler = _shuffler(store, config, rows, None if loaded is None else loaded[1]["pool_rows"])
+        progress.say(f"train: {shuffler.describe()}")
         if loaded is None:
             shutil.rmtree(target / "checkpoints", ignore_errors=True)
             _start(crosscoder, store, shuffler, config)
@@ -95,16 +97,19 @@ def train(
             progress.say(f"train: continuing from step {state['step']}")
         # only now: what could not even start must not stand in the way of the next try
         rundir.write_json(target / "started.json", {"schema": 1, "config": settings, "inputs": inputs})
-        _loop(trainer, shuffler, target, rundir.Events(run), progress)
+        events = rundir.Events(run)
+        events.write("shuffle", **_shuffle_facts(shuffler))
+        _loop(trainer, shuffler, target, events, progress)
         rows_name = "held-out" if store.n_train(config.holdout) < store.n_rows else "training"
         quality = evaluate(crosscoder, _evaluation_batches(store, config))
-        rundir.Events(run).write("evaluate", step=config.steps, rows=rows_name, **asdict(quality))
+        events.write("evaluate", step=config.steps, rows=rows_name, **asdict(quality))
         _report(quality, rows_name, progress)
         facts = {
             "models": [model.model_dump() for model in store.meta.models],
             "train": settings,
             "store_sha256": inputs["store"],
-            "n_train": len(rows),
+            "n_train": shuffler.n_rows,
+            "pool_rows": shuffler.pool_rows,
             "steps": config.steps,
         }
         save_crosscoder(target, crosscoder, facts)
@@ -131,19 +136,49 @@ def _refuse_other(target: Path, settings: dict[str, Any], inputs: dict[str, str]
             )
 
 
-def _training_rows(store: ActivationStore, config: TrainConfig) -> np.ndarray:
-    """Row numbers to train on: not held out, not BOS."""
+def _training_rows(store: ActivationStore, config: TrainConfig) -> int | NDArray[np.int64]:
+    """Rows to train on, not held out and not BOS: how many from the first on, or their numbers."""
     n_train = store.n_train(config.holdout)
     usable = store.usable_rows()
-    rows = np.arange(n_train, dtype=np.int64) if usable is None else usable[usable < n_train]
-    if len(rows) < config.batch_size:
+    rows = n_train if usable is None else usable[usable < n_train]
+    n_rows = rows if isinstance(rows, int) else len(rows)
+    if n_rows < config.batch_size:
         raise OptionError(
-            f"{store.path}: {len(rows)} training rows are fewer than --batch-size {config.batch_size}; lower it"
+            f"{store.path}: {n_rows} training rows are fewer than --batch-size {config.batch_size}; lower it"
         )
     # also without normalisation: statistics of NaN or infinity are refused
     if min(store.stats().variance) <= 0:
         raise InputError(f"{store.path}: the activations of one model never vary; nothing can be learned")
     return rows
+
+
+def _shuffler(
+    store: ActivationStore, config: TrainConfig, rows: int | NDArray[np.int64], pool_rows: int | None
+) -> Shuffler:
+    """The order of the training rows; `pool_rows` is part of it, so a resumed run brings its own."""
+    return Shuffler(
+        store,
+        batch_size=config.batch_size,
+        seed=config.data_seed,
+        n_rows=rows if isinstance(rows, int) else None,
+        rows=None if isinstance(rows, int) else rows,
+        mode=config.shuffle,
+        pool_rows=pool_rows,
+        memory_bytes=round(config.pool_gb * 1e9) or None,
+        check_finite=True,
+        check_crc=config.check_reads,
+    )
+
+
+def _shuffle_facts(shuffler: Shuffler) -> dict[str, Any]:
+    return {
+        "mode": shuffler.mode,
+        "rows": shuffler.n_rows,
+        "pool_rows": shuffler.pool_rows,
+        "pool_bytes": shuffler.pool_bytes,
+        "excess_variance": shuffler.excess_variance(),
+        "direct": shuffler.direct,
+    }
 
 
 def _start(crosscoder: Crosscoder, store: ActivationStore, shuffler: Shuffler, config: TrainConfig) -> None:
@@ -153,7 +188,6 @@ def _start(crosscoder: Crosscoder, store: ActivationStore, shuffler: Shuffler, c
         crosscoder.input_mean.copy_(torch.tensor(stats.mean))
         crosscoder.input_scale.copy_((store.d_model / torch.tensor(stats.variance)).sqrt())
     first = shuffler.batch(0)
-    _require_finite(first, shuffler, 0)
     crosscoder.initialize(crosscoder.normalize(first), init=config.init, seed=config.seed)
 
 
@@ -162,9 +196,9 @@ def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Eve
     config = trainer.config
     window: list[StepResult] = []
     started = time.monotonic()
+    device = trainer.crosscoder.b_enc.device
     with progress.task("train", config.steps, "steps", start=trainer.step_number) as task:
-        for batch in shuffler.stream(trainer.step_number, config.steps):
-            _require_finite(batch, shuffler, trainer.step_number)
+        for batch in shuffler.stream(trainer.step_number, config.steps, device):
             window.append(trainer.step(batch))
             step = trainer.step_number
             note = ""
@@ -180,7 +214,11 @@ def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Eve
                 shuffler.wait_seconds = 0.0
             task.advance(1, note)
             if step % config.checkpoint_every == 0 and step < config.steps:
-                state = {"threads": torch.get_num_threads(), "config": config.model_dump()}
+                state = {
+                    "threads": torch.get_num_threads(),
+                    "pool_rows": shuffler.pool_rows,
+                    "config": config.model_dump(),
+                }
                 save_checkpoint(target / "checkpoints", step, trainer.crosscoder, trainer.state(), state)
 
 
@@ -194,13 +232,6 @@ def _log_line(window: list[StepResult], batch_size: int) -> dict[str, Any]:
         "dead": window[-1].n_dead / window[-1].dict_size,
         "k": window[-1].k,
     }
-
-
-def _require_finite(batch: Tensor, shuffler: Shuffler, step: int) -> None:
-    finite = torch.isfinite(batch).flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        row = int(shuffler.row_numbers(step)[int((~finite).nonzero()[0])])
-        raise InputError(f"row {row} of the store (step {step}) holds NaN or infinity; extract it again")
 
 
 def _evaluation_batches(store: ActivationStore, config: TrainConfig) -> Iterator[Tensor]:

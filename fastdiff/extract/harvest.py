@@ -5,7 +5,9 @@
 
 Rows follow the documents, and batches are taken in that order too: sorting by length would save padding and
 cost the store its document order. Everything that decides the rows (ids, roles, row count) is known before
-the weights are loaded. The same configuration over the same inputs writes the same bytes.
+the weights are loaded. The same configuration over the same inputs writes the same bytes, whether or not it was
+cut off: batches are fixed slices of the sequences and are appended whole, so the rows acknowledged by the store's
+journal say with which batch to go on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,17 @@ from fastdiff.extract.models import (
     truncate,
     weights_sha256,
 )
-from fastdiff.extract.resume import begin, clear, finish, is_complete
+from fastdiff.extract.resume import (
+    Found,
+    begin,
+    clear,
+    finish,
+    is_tidy,
+    keeps_rows,
+    look,
+    require_continuation,
+    require_same,
+)
 from fastdiff.extract.text import Corpus, open_corpus
 from fastdiff.extract.tokens import (
     ROLES,
@@ -72,8 +84,8 @@ def extract(
         config: What to extract.
         out: Directory of the store.
         progress: Where to report.
-        resume: Leave a complete store of this very configuration as it is, and start an interrupted one
-            again; if False, any store in `out` is refused.
+        resume: Leave a complete store of this very configuration as it is, and continue an interrupted one
+            behind the rows it has kept; if False, any store in `out` is refused.
         overwrite: Replace a store in `out`, whatever it holds.
 
     Returns:
@@ -88,13 +100,17 @@ def extract(
     """
     out = Path(out)
     # before the lock too, which would leave its file in a directory of something else
-    if is_complete(out, config, resume=resume, overwrite=overwrite):
-        progress.say(f"{out}: complete, made with the same options; skipped")
-        return out
-    with locked(out):
-        if is_complete(out, config, resume=resume, overwrite=overwrite, progress=progress):
-            return out
-        _harvest(config, out, progress)
+    found = look(out, config, resume=resume, overwrite=overwrite)
+    if found is not Found.COMPLETE or not is_tidy(out):
+        with locked(out):
+            found = look(out, config, resume=resume, overwrite=overwrite, progress=progress)
+            if found is Found.CUT_OFF:
+                require_same(out, config)
+            if found is not Found.COMPLETE:
+                _harvest(config, out, progress, resume=found is Found.CUT_OFF)
+                return out
+            finish(out)
+    progress.say(f"{out}: complete, made with the same options; skipped")
     return out
 
 
@@ -153,7 +169,7 @@ def _plan(config: ExtractConfig, progress: Progress) -> _Plan:
         return _Plan(sources, layers, tokenizer, encoded, _meta(config, sources, layers, encoder, encoded, corpus))
 
 
-def _harvest(config: ExtractConfig, out: Path, progress: Progress) -> None:
+def _harvest(config: ExtractConfig, out: Path, progress: Progress, resume: bool) -> None:
     device = resolve_device(config.device)
     with quiet(), ExitStack() as stack:
         plan = _plan(config, progress)
@@ -164,17 +180,24 @@ def _harvest(config: ExtractConfig, out: Path, progress: Progress) -> None:
         ]
         for info, model in zip(plan.meta["models"], models, strict=True):
             info["dtype"] = str(model.dtype).removeprefix("torch.")
-        begin(out, config)
+        if resume:
+            require_continuation(out, plan.meta)
+        else:
+            begin(out, plan.meta)
         try:
-            _write(plan, models, captured, config, out, device, progress)
+            _write(plan, models, captured, config, out, device, progress, resume)
         except torch.OutOfMemoryError as error:
-            clear(out)
+            cure = "halve one of them"
+            if keeps_rows(out):
+                cure = f"free some and run again to continue, or {cure} with --overwrite"
+            else:
+                clear(out)
             raise ResourceError(
-                f"{device}: out of memory at --batch-size {config.batch_size}, --ctx-len {config.ctx_len}; "
-                "halve one of them"
+                f"{device}: out of memory at --batch-size {config.batch_size}, --ctx-len {config.ctx_len}; {cure}"
             ) from error
         except BaseException:
-            clear(out)
+            if not keeps_rows(out):
+                clear(out)
             raise
         finish(out)
 
@@ -187,28 +210,46 @@ def _write(
     out: Path,
     device: torch.device,
     progress: Progress,
+    resume: bool,
 ) -> None:
     vocabulary = out / VOCABULARY_FILE
     write_text(vocabulary, canonical_json(display_strings(plan.tokenizer)) + "\n")
     n_rows, sequences = plan.encoded.n_rows, plan.encoded.sequences
-    with (
-        progress.task("extract", n_rows, "tokens") as task,
-        StoreWriter(
-            out,
-            n_rows=n_rows,
-            n_models=len(models),
-            d_model=plan.sources[0].d_model,
-            dtype=config.store_dtype,
-            shard_rows=config.shard_rows,
-            meta={**plan.meta, "vocabulary_sha256": sha256_file(vocabulary)},
-        ) as writer,
-    ):
-        first = 0
-        for batch, ids, mask in batches(sequences, config.batch_size, _pad_id(plan.tokenizer)):
-            rows = _forward(models, captured, ids, mask, _stored(batch, ids.shape), device)
-            writer.append(rows, **_columns(batch, first))
-            first += len(batch)
-            task.advance(len(rows))
+    with StoreWriter(
+        out,
+        n_rows=n_rows,
+        n_models=len(models),
+        d_model=plan.sources[0].d_model,
+        dtype=config.store_dtype,
+        shard_rows=config.shard_rows,
+        meta={**plan.meta, "vocabulary_sha256": sha256_file(vocabulary)},
+        resume=resume,
+    ) as writer:
+        first = _resumed_at(sequences, config.batch_size, writer.n_appended)
+        if writer.n_appended:
+            progress.say(f"{out}: continues at token {writer.n_appended:,} of {n_rows:,}")
+        with progress.task("extract", n_rows, "tokens", start=writer.n_appended) as task:
+            for batch, ids, mask in batches(sequences[first:], config.batch_size, _pad_id(plan.tokenizer)):
+                rows = _forward(models, captured, ids, mask, _stored(batch, ids.shape), device)
+                try:
+                    writer.append(rows, **_columns(batch, first))
+                except InputError:
+                    # no run with these models and this text can come past a value that is not finite
+                    writer.discard()
+                    raise
+                first += len(batch)
+                task.advance(len(rows))
+
+
+def _resumed_at(sequences: Sequence[TokenSequence], batch_size: int, n_rows: int) -> int:
+    """The first sequence of the batch that follows `n_rows` rows."""
+    first = done = 0
+    while done < n_rows:
+        done += sum(sequence.n_rows for sequence in sequences[first : first + batch_size])
+        first += batch_size
+    if done != n_rows:
+        raise ValueError(f"{n_rows} rows were acknowledged, which is no whole number of batches of {batch_size}")
+    return first
 
 
 def _load(source: ModelSource, config: ExtractConfig, layer: int, device: torch.device) -> PreTrainedModel:

@@ -1,56 +1,69 @@
 """What an output directory holds, and whether extraction may write there.
 
-    empty or absent              extract
+    empty or absent                         extract
     store of the same options and inputs    complete: nothing to do
-    store of other options       refused, unless it may be overwritten
-    `.extracting` and no store   an extraction was cut off here: start again
-    anything else                refused, even with overwrite
+    `.extracting` and `.journal`            cut off: continue behind the rows that the journal acknowledges
+    `.extracting` without `.journal`        cut off before a row was acknowledged: start again
+    store, or journal, of other options     refused, unless it may be overwritten
+    anything else                           refused, even with overwrite
 
-`.extracting` stands in the directory from before the first file until after `store.json`.
+`.extracting` stands in the directory from before the first file until after `store.json`. It holds the metadata of
+the store that is being made, so that a continuation can be compared with it like with a complete store.
 """
 
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from fastdiff.config import ExtractConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.extract.models import weights_sha256
 from fastdiff.progress import SILENT, Progress
-from fastdiff.run import canonical_json, fsync_directory, sha256_file, write_text
+from fastdiff.run import canonical_json, fsync_directory, read_json, sha256_file, write_text
+from fastdiff.store.directory import remove_store
 from fastdiff.store.format import STORE_FILE, VOCABULARY_FILE, StoreMeta
+from fastdiff.store.journal import JOURNAL
 from fastdiff.store.reader import ActivationStore
 
 _MARK = ".extracting"
 
 
-def is_complete(
+class Found(Enum):
+    """What stands in an output directory."""
+
+    NOTHING = auto()
+    CUT_OFF = auto()
+    COMPLETE = auto()
+
+
+def look(
     out: Path,
     config: ExtractConfig,
     *,
     resume: bool,
     overwrite: bool,
     progress: Progress = SILENT,
-) -> bool:
-    """Whether `out` already holds the store that `config` makes; changes nothing.
+) -> Found:
+    """What `out` holds of the store that `config` makes; changes nothing.
+
+    Returns:
+        COMPLETE if there is nothing to do, CUT_OFF if there are rows, of whatever options, that an interrupted
+        extraction has kept, NOTHING if what may be there does not count.
 
     Raises:
         OptionError: `out` holds something that may not be replaced.
         InputError: `out` holds a damaged store.
     """
     if not out.exists():
-        return False
+        return Found.NOTHING
     if not out.is_dir():
         raise OptionError(f"{out}: is a file; a store is a directory, choose another -o")
     if not (out / STORE_FILE).exists():
-        if (out / _MARK).exists():
-            if not (resume or overwrite):
-                raise OptionError(f"{out}: holds an interrupted extraction; leave out --no-resume to start it again")
-            progress.say(f"{out}: an extraction was interrupted here; it starts again")
-        elif found := sorted(path.name for path in out.iterdir() if path.name != ".lock"):
-            raise OptionError(f"{out}: holds {found[0]} but no store; choose an empty directory for -o")
-        return False
+        return _look_at_the_unfinished(out, resume, overwrite, progress)
     if overwrite:
-        return False
+        return Found.NOTHING
     if not resume:
         raise OptionError(f"{out}: holds a store; --overwrite replaces it")
     with ActivationStore(out) as store:
@@ -58,18 +71,100 @@ def is_complete(
         wanted = store.meta.vocabulary_sha256
     if wanted is not None and sha256_file(out / VOCABULARY_FILE) != wanted:
         raise InputError(f"{out / VOCABULARY_FILE}: changed since it was written; --overwrite makes the store anew")
-    return True
+    return Found.COMPLETE
 
 
-def begin(out: Path, config: ExtractConfig) -> None:
-    """Mark `out` as being written, and take away the store that was there."""
-    write_text(out / _MARK, canonical_json(config.model_dump(mode="json")) + "\n")
+def _look_at_the_unfinished(out: Path, resume: bool, overwrite: bool, progress: Progress) -> Found:
+    if not (out / _MARK).exists():
+        ours = (".lock", f".{_MARK}.tmp")
+        if found := sorted(path.name for path in out.iterdir() if path.name not in ours):
+            raise OptionError(f"{out}: holds {found[0]} but no store; choose an empty directory for -o")
+        return Found.NOTHING
+    if overwrite:
+        return Found.NOTHING
+    if not resume:
+        raise OptionError(f"{out}: holds an interrupted extraction; leave out --no-resume to continue it")
+    if not keeps_rows(out):
+        progress.say(f"{out}: an extraction was interrupted here before it had kept a row; it starts again")
+        return Found.NOTHING
+    return Found.CUT_OFF
+
+
+def keeps_rows(out: Path) -> bool:
+    """Whether `out` holds rows of an extraction that was cut off."""
+    return (out / JOURNAL).exists()
+
+
+def is_tidy(out: Path) -> bool:
+    """Whether nothing is left in `out` of the work on a store that is complete."""
+    return not (out / _MARK).exists() and not (out / JOURNAL).exists()
+
+
+def begin(out: Path, meta: dict[str, Any]) -> None:
+    """Mark `out` as being written, and take away what was there.
+
+    Args:
+        out: Directory of the store.
+        meta: Metadata of the store without shards and statistics.
+    """
+    # first, so that a journal never stands beside the mark of another extraction
+    if keeps_rows(out):
+        (out / JOURNAL).unlink()
+        fsync_directory(out)
+    write_text(out / _MARK, canonical_json(meta) + "\n")
     _remove(out)
 
 
+def require_same(out: Path, config: ExtractConfig) -> None:
+    """Refuse to continue an extraction of other options, or of inputs that have changed since.
+
+    Raises:
+        OptionError: They differ.
+        InputError: What was begun can no longer be read.
+    """
+    _require_same(out, _begun(out), config)
+
+
+def require_continuation(out: Path, meta: dict[str, Any]) -> None:
+    """Refuse to continue what was begun with other facts than options and inputs: another tokenizer or library.
+
+    Args:
+        out: Directory of a store that was cut off.
+        meta: Metadata of the store that would be made now.
+
+    Raises:
+        OptionError: They differ.
+    """
+    then, now = _begun(out).to_json(), StoreMeta.model_validate(meta).to_json()
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name):
+            raise OptionError(
+                f"{out}: the extraction that was interrupted here had other {name}: {_difference(then, now, name)}; "
+                "choose another -o, or --overwrite to start again"
+            )
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any], name: str) -> str:
+    """The first part of a field that differs."""
+    before, after = then.get(name), now.get(name)
+    if isinstance(before, dict) and isinstance(after, dict):
+        key = min(key for key in {*before, *after} if before.get(key) != after.get(key))
+        return f"{key} {before.get(key)}, not {after.get(key)}"
+    return f"{_shown(before)}, not {_shown(after)}"
+
+
+def _begun(out: Path) -> StoreMeta:
+    """Metadata of the store that an interrupted extraction was making."""
+    try:
+        return StoreMeta.model_validate(read_json(out / _MARK, schema=None))
+    except (InputError, ValidationError) as error:
+        raise InputError(f"{out / _MARK}: damaged, so it cannot be continued; --overwrite starts again") from error
+
+
 def finish(out: Path) -> None:
-    """Take the mark away from a complete store."""
-    (out / _MARK).unlink(missing_ok=True)
+    """Take the marks of work away from a complete store."""
+    for name in (JOURNAL, _MARK):
+        (out / name).unlink(missing_ok=True)
     fsync_directory(out)
 
 
@@ -80,12 +175,9 @@ def clear(out: Path) -> None:
 
 
 def _remove(out: Path) -> None:
-    # the mark of a whole store goes first
-    (out / STORE_FILE).unlink(missing_ok=True)
-    (out / VOCABULARY_FILE).unlink(missing_ok=True)
-    for pattern in ("shard-*.h5", ".shard-*.h5.tmp", f".{VOCABULARY_FILE}.tmp", f".{STORE_FILE}.tmp"):
-        for path in out.glob(pattern):
-            path.unlink()
+    remove_store(out)
+    for name in (VOCABULARY_FILE, f".{VOCABULARY_FILE}.tmp", f".{_MARK}.tmp"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _require_same(out: Path, meta: StoreMeta, config: ExtractConfig) -> None:

@@ -19,7 +19,8 @@ float32: its rounding is away from zero at ties, and slow.
 
 All data sets are contiguous, uncompressed and allocated when the file is made; those of 4096 bytes or more
 begin at a multiple of 4096. Rows can therefore be read and written at `offset + row · M · D · itemsize`
-without the HDF5 library. No file holds the time of day, so equal contents are equal bytes.
+without the HDF5 library. This is what is written; stores of other tools may have other layouts (`index.py`).
+No file holds the time of day, so equal contents are equal bytes.
 
 `store.json`, written last, is one JSON object; a directory without it is not a store. Required are
 `schema` (1) and `models` (one object with a `name`, or just the name, per model). Optional:
@@ -44,9 +45,9 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -54,6 +55,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fastdiff.errors import InputError
 from fastdiff.run import canonical_json
 
 SCHEMA = 1
@@ -62,7 +64,7 @@ VOCABULARY_FILE = "vocabulary.json"
 CRC_ROWS = 32
 ALIGNMENT = 4096
 
-# more than HDF5 needs beside the values (7 kB measured); the surplus is given back
+# more than HDF5 needs beside the values (7 kB measured)
 _METADATA_BYTES = 1 << 16
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
@@ -193,7 +195,15 @@ def crc_blocks(n_rows: int) -> int:
     return -(-n_rows // CRC_ROWS)
 
 
-def create_shard(path: Path, *, n_rows: int, n_models: int, d_model: int, dtype: DtypeName) -> dict[str, int]:
+def create_shard(
+    path: Path,
+    *,
+    n_rows: int,
+    n_models: int,
+    d_model: int,
+    dtype: DtypeName,
+    columns: Collection[str] = tuple(COLUMNS),
+) -> dict[str, int]:
     """Make a shard with all its space reserved and no values in it.
 
     HDF5 works on a sparse file in memory, and what it wrote is copied: on a full disk the library itself
@@ -205,6 +215,7 @@ def create_shard(path: Path, *, n_rows: int, n_models: int, d_model: int, dtype:
         n_models: M.
         d_model: D.
         dtype: Type of `/activations`.
+        columns: Side columns that it has.
 
     Returns:
         The byte offset in the file at which each data set begins.
@@ -212,27 +223,94 @@ def create_shard(path: Path, *, n_rows: int, n_models: int, d_model: int, dtype:
     Raises:
         OSError: The disk, or a limit on file sizes, has no room.
     """
-    shapes: dict[str, tuple[int, ...]] = {"activations": (n_rows, n_models, d_model)}
-    types = {"activations": hdf5_type(dtype)}
-    for name, column in COLUMNS.items():
-        shapes[name], types[name] = (n_rows,), h5py.h5t.py_create(column)
-    shapes["crc32c"], types["crc32c"] = (crc_blocks(n_rows),), h5py.h5t.STD_U32LE
-    sizes = [math.prod(shapes[name]) * types[name].get_size() for name in shapes]
+    layout = _lay_out(n_rows, n_models, d_model, dtype, columns)
     target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        os.posix_fallocate(target, 0, sum(sizes) + len(sizes) * ALIGNMENT + _METADATA_BYTES)
-        with os.fdopen(os.memfd_create("fastdiff-shard", os.MFD_CLOEXEC), "w+b", buffering=0) as memory:
-            offsets = _create_data_sets(memory, shapes, types)
-            os.truncate(target, os.fstat(memory.fileno()).st_size)
-            _copy_extents(memory.fileno(), target)
+        # first, so that a full disk is found before anything is written
+        os.posix_fallocate(target, 0, layout.n_bytes)
+        for start, data in layout.metadata:
+            write_at(target, data, start)
+        # rows of the shards before this one are acknowledged while nothing syncs it
+        os.fsync(target)
     finally:
         os.close(target)
-    return offsets
+    return layout.offsets
 
 
-def _create_data_sets(
-    to: io.FileIO, shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, h5py.h5t.TypeID]
+def find_shard(
+    path: Path,
+    *,
+    n_rows: int,
+    n_models: int,
+    d_model: int,
+    dtype: DtypeName,
+    columns: Collection[str] = tuple(COLUMNS),
 ) -> dict[str, int]:
+    """The data sets of a shard that `create_shard` made, whatever has been written in them since.
+
+    Args:
+        path: The file.
+        n_rows: Rows of the shard, n.
+        n_models: M.
+        d_model: D.
+        dtype: Type of `/activations`.
+        columns: Side columns that it has.
+
+    Returns:
+        The byte offset in the file at which each data set begins.
+
+    Raises:
+        InputError: It is missing, has another size, or its metadata are not what `create_shard` writes.
+        OSError: A limit on file sizes has no room for it.
+    """
+    layout = _lay_out(n_rows, n_models, d_model, dtype, columns)
+    try:
+        with path.open("rb") as f:
+            n_bytes = os.fstat(f.fileno()).st_size
+            if n_bytes != layout.n_bytes:
+                raise InputError(f"{path}: {n_bytes} bytes, not {layout.n_bytes}; start again with --overwrite")
+            for start, data in layout.metadata:
+                if os.pread(f.fileno(), len(data), start) != data:
+                    last = start + len(data) - 1
+                    raise InputError(f"{path}: damaged in bytes {start} to {last}; start again with --overwrite")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); start again with --overwrite") from error
+    return layout.offsets
+
+
+class _Layout(NamedTuple):
+    """Everything in an empty shard: where data sets begin, what stands between them, and the size of the file."""
+
+    offsets: dict[str, int]
+    metadata: list[tuple[int, bytes]]
+    n_bytes: int
+
+
+_Shapes = dict[str, tuple[int, ...]]
+_Types = dict[str, h5py.h5t.TypeID]
+
+
+def _lay_out(n_rows: int, n_models: int, d_model: int, dtype: DtypeName, columns: Collection[str]) -> _Layout:
+    shapes: _Shapes = {"activations": (n_rows, n_models, d_model)}
+    types: _Types = {"activations": hdf5_type(dtype)}
+    for name, kind in COLUMNS.items():
+        if name in columns:
+            shapes[name], types[name] = (n_rows,), h5py.h5t.py_create(kind)
+    shapes["crc32c"], types["crc32c"] = (crc_blocks(n_rows),), h5py.h5t.STD_U32LE
+    sizes = {name: math.prod(shapes[name]) * types[name].get_size() for name in shapes}
+    with os.fdopen(os.memfd_create("fastdiff-shard", os.MFD_CLOEXEC), "w+b", buffering=0) as memory:
+        # a limit on file sizes holds for the file in memory too, and HDF5 must not be the one to find it
+        os.truncate(memory.fileno(), sum(sizes.values()) + len(sizes) * ALIGNMENT + _METADATA_BYTES)
+        os.truncate(memory.fileno(), 0)
+        offsets = _create_data_sets(memory, shapes, types)
+        n_bytes = os.fstat(memory.fileno()).st_size
+        data_sets = sorted((offsets[name], offsets[name] + size) for name, size in sizes.items())
+        between = zip([0, *(end for _, end in data_sets)], [*(start for start, _ in data_sets), n_bytes], strict=True)
+        metadata = [part for start, end in between for part in _extents(memory.fileno(), start, end)]
+    return _Layout(offsets, metadata, n_bytes)
+
+
+def _create_data_sets(to: io.FileIO, shapes: _Shapes, types: _Types) -> dict[str, int]:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     # a fixed lower bound: what "earliest" writes differs between HDF5 releases
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_LATEST)
@@ -257,19 +335,19 @@ def _create_data_sets(
         file.close()
 
 
-def _copy_extents(source: int, target: int) -> None:
-    """Copy what is not a hole."""
-    size = os.fstat(source).st_size
-    end = 0
-    while end < size:
+def _extents(fd: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """What is not a hole between two positions."""
+    while start < end:
         try:
-            start = os.lseek(source, end, os.SEEK_DATA)
+            start = os.lseek(fd, start, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        write_at(target, os.pread(source, end - start, start), start)
+        stop = min(end, os.lseek(fd, start, os.SEEK_HOLE))
+        if start < stop:
+            yield start, os.pread(fd, stop - start, start)
+        start = stop
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

@@ -1,15 +1,14 @@
-"""Reads a store: rows by positioned reads without HDF5, side columns through it."""
+"""Reads a store: rows by positioned reads where the layout allows, else through HDF5, as side columns are."""
 
 import os
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
 from fastdiff import _native
@@ -25,11 +24,29 @@ from fastdiff.store.format import (
     Stats,
     StoreMeta,
 )
-from fastdiff.store.index import ShardIndex, index_shard, open_hdf5
+from fastdiff.store.hdf5_rows import Hdf5Rows
+from fastdiff.store.index import BITS, HDF5_ERRORS, REPACK, ShardIndex, index_shard, open_hdf5
+from fastdiff.store.parts import disagreements, find_parts
 from fastdiff.store.statistics import RunningStats
 
 # rows read at a time for statistics: 4096 rows of 2 x 3584 bfloat16 are 59 MB
 _PASS_ROWS = 4096
+
+
+class Extents(NamedTuple):
+    """Runs of rows that lie back to back in a file.
+
+    Attributes:
+        fds: (E,) open file of each extent.
+        offsets: (E,) byte offset of its first row.
+        first_rows: (E + 1,) number of its first row in the store, and the number of all rows.
+        files: (E,) number of its shard.
+    """
+
+    fds: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    first_rows: NDArray[np.int64]
+    files: NDArray[np.int64]
 
 
 class ActivationStore:
@@ -44,31 +61,39 @@ class ActivationStore:
         n_models: M.
         d_model: D.
         dtype: Type of the stored values, and of what `rows` returns.
+        first_rows: (S + 1,) the first row of each shard, and N.
+        slow: The first shard whose rows must be read through HDF5, and why; None if all are read by position.
 
     Raises:
-        InputError: It is missing, incomplete, of another schema, or not readable row by row.
+        InputError: It is missing, incomplete, damaged, or of another schema.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        meta, files = _find(self.path)
-        self._shards = [index_shard(file) for file in files]
+        meta, files = find_parts(self.path)
+        self._shards = [index_shard(file, meta.dtype if meta else None) for file in files]
         first = self._shards[0]
         self.n_models, self.d_model = first.n_models, first.d_model
         self.dtype = TORCH_DTYPES[first.dtype]
         self.meta = meta or StoreMeta(models=_unnamed_models(self.n_models))
-        _check_agreement(self.path, self.meta, self._shards)
-        self._first_rows = np.cumsum([0, *(shard.n_rows for shard in self._shards)], dtype=np.int64)
-        self.n_rows = int(self._first_rows[-1])
-        self._offsets = np.array([shard.offset for shard in self._shards], np.int64)
+        for disagreement in disagreements(self.path, self.meta, self._shards):
+            raise InputError(disagreement)
+        self.first_rows = np.cumsum([0, *(shard.n_rows for shard in self._shards)], dtype=np.int64)
+        self.n_rows = int(self.first_rows[-1])
+        self.slow = next((f"{s.path.name}: {s.slow}" for s in self._shards if s.slow is not None), None)
         self._stats = self.meta.stats
         self._sha256: str | None = None
         self._vocabulary: list[str] | None = None
+        self._hdf5: Hdf5Rows | None = None
+        self._extents: Extents | None = None
         fds: list[int] = []
-        self._close = weakref.finalize(self, _close_all, fds)
-        for shard in self._shards:
-            fds.append(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
-        self._fds = np.array(fds, np.int64)
+        if self.slow is not None:
+            self._hdf5 = Hdf5Rows([shard.path for shard in self._shards], self.first_rows)
+        self._close = weakref.finalize(self, _close_all, fds, self._hdf5)
+        if self.slow is None:
+            for shard in self._shards:
+                fds.append(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
+            self._extents = _join(self._shards, fds)
 
     def __enter__(self) -> Self:
         return self
@@ -111,19 +136,63 @@ class ActivationStore:
         """
         if not self._close.alive:
             raise ValueError(f"{self.path}: the store is closed")
+        rows = np.ascontiguousarray(rows, np.int64)
         out = torch.empty((len(rows), self.n_models, self.d_model), dtype=self.dtype)
+        if self._hdf5 is not None:
+            outside = (rows < 0) | (rows >= self.n_rows)
+            if outside.any():
+                raise IndexError(f"row {rows[outside][0]} is outside [0, {self.n_rows})")
+            self._hdf5.read(rows, out.view(torch.uint8).numpy().view(BITS[out.itemsize]))
+            return out
+        extents = self.extents
         try:
             _native.gather_rows(
-                self._fds,
-                self._offsets,
-                self._first_rows,
-                np.ascontiguousarray(rows, np.int64),
+                extents.fds,
+                extents.offsets,
+                extents.first_rows,
+                rows,
                 out.view(torch.uint8).numpy(),
                 n_threads=n_threads,
             )
         except _native.ReadError as error:
-            raise self._explained(error) from error
+            raise self.explained(error) from error
         return out
+
+    @property
+    def extents(self) -> Extents:
+        """Where the rows lie, for reading them by position.
+
+        Raises:
+            ValueError: Rows must be read through HDF5; see `slow`.
+        """
+        if self._extents is None:
+            raise ValueError(f"{self.path}: no extents, {self.slow}")
+        return self._extents
+
+    def explain(self) -> list[str]:
+        """How each file is read, a line per file, and what makes it faster."""
+        lines = []
+        for shard in self._shards:
+            if self.slow is None:
+                how = "positioned reads"
+                if len(shard.offsets) > 1:
+                    how += f", {len(shard.offsets)} extents"
+            elif shard.slow is None:
+                how = f"through HDF5, because of {self.slow}"
+            else:
+                how = f"through HDF5 ({shard.slow}); {REPACK} makes it fast"
+            lines.append(f"{shard.path.name}: {how}")
+        return lines
+
+    def crc32c(self) -> list[NDArray[np.uint32]] | None:
+        """The `/crc32c` of each shard, (⌈n/32⌉,), or None unless every shard has one.
+
+        Raises:
+            InputError: A file cannot be read.
+        """
+        if not all(shard.has_crc for shard in self._shards):
+            return None
+        return [_integers(shard.path, "crc32c", np.dtype("<u4")) for shard in self._shards]
 
     def slice(self, start: int, stop: int) -> Tensor:
         """Read rows [start, stop): [stop - start, M, D] in the stored type."""
@@ -142,14 +211,7 @@ class ActivationStore:
             raise ValueError(f"no column {name!r}; there are {', '.join(COLUMNS)}")
         if name not in self._shards[0].columns:
             return None
-        parts = []
-        for shard in self._shards:
-            with open_hdf5(shard.path) as file:
-                try:
-                    parts.append(file[name][:])
-                except OSError as error:
-                    raise InputError(f"{shard.path}: /{name} cannot be read ({error})") from error
-        return np.concatenate(parts).astype(COLUMNS[name], copy=False)
+        return np.concatenate([_integers(shard.path, name, COLUMNS[name]) for shard in self._shards])
 
     def stats(self) -> Stats:
         """Mean, variance and mean norm over the usable rows, from `store.json` or by one pass in float64.
@@ -224,75 +286,61 @@ class ActivationStore:
             raise InputError(f"{self.path}: every row has the role bos, so there is nothing to learn from")
         return found
 
-    def _explained(self, error: _native.ReadError) -> InputError:
-        _, shard, offset, wanted, got, code = error.args
-        path = self._shards[shard].path
-        if code:
-            return InputError(f"{path}: cannot be read at byte {offset} ({os.strerror(code)}); check the disk")
-        return InputError(f"{path}: truncated, {got} of {wanted} bytes left at byte {offset}; copy or extract it again")
+    def explained(self, error: _native.ReadError | _native.CorruptRows | _native.NonFiniteRow) -> InputError:
+        """What a native reader of this store found, with the file, and what to do about it."""
+        if isinstance(error, _native.ReadError):
+            _, extent, offset, wanted, got, code = error.args
+            path = self._shards[int(self.extents.files[extent])].path
+            if code:
+                return InputError(f"{path}: cannot be read at byte {offset} ({os.strerror(code)}); check the disk")
+            return InputError(
+                f"{path}: truncated, {got} of {wanted} bytes left at byte {offset}; copy or extract it again"
+            )
+        row = error.args[1]
+        path = self._shards[int(np.searchsorted(self.first_rows, row, side="right")) - 1].path
+        if isinstance(error, _native.CorruptRows):
+            return InputError(
+                f"{path}: rows {row} to {error.args[2] - 1} of the store are not what was written (CRC-32C); "
+                "copy or extract it again"
+            )
+        return InputError(f"{path}: row {row} of the store holds NaN or infinity; extract it again")
 
 
-def _close_all(fds: list[int]) -> None:
+def _close_all(fds: list[int], hdf5: Hdf5Rows | None) -> None:
     for fd in fds:
         os.close(fd)
+    if hdf5 is not None:
+        hdf5.close()
+
+
+def _join(shards: list[ShardIndex], fds: list[int]) -> Extents:
+    """The extents of all shards."""
+    counts = [len(shard.offsets) for shard in shards]
+    rows = np.concatenate([shard.extent_rows for shard in shards])
+    return Extents(
+        fds=np.repeat(np.array(fds, np.int64), counts),
+        offsets=np.concatenate([shard.offsets for shard in shards]),
+        first_rows=np.concatenate([[0], np.cumsum(rows)]),
+        files=np.repeat(np.arange(len(shards)), counts),
+    )
+
+
+def _integers(path: Path, name: str, kind: np.dtype[Any]) -> NDArray[Any]:
+    """A data set of integers, in its type; a value that does not fit is refused, not wrapped."""
+    with open_hdf5(path) as file:
+        try:
+            values: NDArray[Any] = file[name][:]
+        except HDF5_ERRORS as error:
+            raise InputError(f"{path}: /{name} cannot be read ({error}); copy or extract it again") from error
+    limits = np.iinfo(kind)
+    if values.dtype != kind and len(values) and (values.min() < limits.min or values.max() > limits.max):
+        raise InputError(
+            f"{path}: /{name} reach from {values.min()} to {values.max()}, which does not fit {kind}; "
+            "write them again as the format says"
+        )
+    return values.astype(kind, copy=False)
 
 
 def _unnamed_models(n_models: int) -> list[ModelInfo]:
     names = ["base", "tuned"] if n_models == 2 else [f"model-{i}" for i in range(n_models)]
     return [ModelInfo(name=name) for name in names]
-
-
-def _find(path: Path) -> tuple[StoreMeta | None, list[Path]]:
-    """The metadata, if any, and the files of a store."""
-    if not path.exists():
-        raise InputError(f"{path}: no such store; `fastdiff extract` makes one")
-    if not path.is_dir():
-        return None, [path]
-    if not (path / STORE_FILE).exists():
-        begun = any(path.glob("shard-*.h5")) or any(path.glob(".shard-*.h5.tmp"))
-        why = "the store was not finished" if begun else "not a store"
-        raise InputError(f"{path}: no {STORE_FILE}, {why}; run `fastdiff extract` (again)")
-    raw = read_json(path / STORE_FILE)
-    try:
-        meta = StoreMeta.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path / STORE_FILE}: {where}: {first['msg']}; extract it again") from error
-    if meta.shards is not None:
-        files = [path / shard.file for shard in meta.shards]
-    else:
-        files = sorted(file for file in path.glob("*.h5") if not file.name.startswith("."))
-    if not files:
-        raise InputError(f"{path}: {STORE_FILE} without any shard-00000.h5 beside it; extract it again")
-    return meta, files
-
-
-def _check_agreement(path: Path, meta: StoreMeta, shards: list[ShardIndex]) -> None:
-    """All shards have one width, type and set of columns, and are what `store.json` says."""
-    first = shards[0]
-    for shard in shards[1:]:
-        for name in ("n_models", "d_model", "dtype", "columns"):
-            here, there = getattr(shard, name), getattr(first, name)
-            if here != there:
-                raise InputError(f"{shard.path}: {name} is {here}, but {there} in {first.path.name}; extract it again")
-    if len(meta.models) != first.n_models:
-        raise InputError(
-            f"{path}: {STORE_FILE} names {len(meta.models)} models, /activations holds {first.n_models}; "
-            f"list each model once in {STORE_FILE}"
-        )
-    if meta.dtype is not None and meta.dtype != first.dtype:
-        raise InputError(f"{path}: {STORE_FILE} says {meta.dtype}, the shards are {first.dtype}; extract it again")
-    for told, shard in zip(meta.shards or [], shards, strict=False):
-        if told.n_rows != shard.n_rows:
-            raise InputError(
-                f"{shard.path}: {shard.n_rows} rows, but {STORE_FILE} says {told.n_rows}; extract it again"
-            )
-    if meta.stats is not None:
-        told_shape = (len(meta.stats.mean), {len(row) for row in meta.stats.mean})
-        sizes = {len(meta.stats.variance), len(meta.stats.mean_norm), first.n_models}
-        if told_shape != (first.n_models, {first.d_model}) or len(sizes) != 1:
-            raise InputError(
-                f"{path}: stats in {STORE_FILE} are not for {first.n_models} models of width "
-                f"{first.d_model}; remove them there, and they are computed"
-            )

@@ -1,14 +1,19 @@
 """Writes a store: all space reserved first, rows placed by positioned writes, `store.json` last.
 
 A shard is made under the name `.shard-00000.h5.tmp`, filled, synced and renamed. HDF5 has closed the file
-before the first row arrives, so a killed process leaves no file that HDF5 has to repair, only temporary
-names and whole shards without a `store.json`, which nothing takes for a store.
+before the first row arrives, so a killed process leaves no file that HDF5 has to repair.
+
+A commit syncs the rows appended so far and acknowledges them in the journal (`journal.py`); only then are shards
+that have become full renamed, so the journal alone says what is there. A new writer continues at the first row
+that is not acknowledged, and the store it finishes is byte for byte the one of a writer that was never cut off.
 """
 
-import errno
+import base64
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,32 +24,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdiff import _native
-from fastdiff.errors import InputError, OptionError, ResourceError
+from fastdiff.errors import FastdiffError, InputError, OptionError
 from fastdiff.run import fsync_directory, write_json
+from fastdiff.store.directory import disk_errors, lock_directory, remove_store, temporary
 from fastdiff.store.format import (
     COLUMNS,
-    CRC_ROWS,
     STORE_FILE,
     TORCH_DTYPES,
     DtypeName,
     ShardInfo,
     StoreMeta,
-    crc_blocks,
     create_shard,
+    find_shard,
     shard_name,
     shard_sha256,
-    write_at,
 )
+from fastdiff.store.journal import JOURNAL, Journal, read_journal, store_key, write_journal
+from fastdiff.store.open_shard import OpenShard, Staging
 from fastdiff.store.statistics import RunningStats
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# a commit took 10 to 30 ms: every 10 s that is 0.3 %, and a kill costs 10 s of the models' work at most
+_COMMIT_BYTES = 256 << 20
+_COMMIT_SECONDS = 10.0
 
 
 class StoreWriter:
     """Writes one store. Use it in a `with` block.
 
-    The end of the block finishes the store; an exception in it removes what was written. A store that was in
-    `path` before is gone as soon as the writer is made. Equal calls write equal bytes.
+    The end of the block finishes the store. An exception in it first acknowledges what was appended, and keeps
+    that for a writer with `resume=True`; if no row was acknowledged, nothing is left. After a call that failed
+    on the disk, make a new writer. Equal calls write equal bytes, however often they were cut off and resumed,
+    if the rows are appended in the same portions.
 
     Args:
         path: Directory of the store.
@@ -54,10 +64,20 @@ class StoreWriter:
         dtype: Type to store.
         shard_rows: Rows per shard; the last one has what is left.
         meta: Fields of `StoreMeta` without `shards`, `stats` and `dtype`.
+        columns: Side columns of the store: those that are known of every row.
+        resume: Continue an unfinished store of the same arguments, if `path` holds one with acknowledged rows;
+            append from row `n_appended` on. Otherwise, and if False, everything the writer finds there of a
+            store, finished or not, is gone as soon as it is made.
+
+    Attributes:
+        n_appended: Rows so far, those of the writers before included.
+        n_acknowledged: How many of them survive a kill.
 
     Raises:
-        OptionError: `path` is a file.
+        OptionError: `path` is a file, or the unfinished store there has other arguments.
+        InputError: The unfinished store is damaged.
         ResourceError: The disk cannot hold the store.
+        LockedError: Another writer is at work there.
     """
 
     def __init__(
@@ -70,6 +90,8 @@ class StoreWriter:
         dtype: DtypeName,
         shard_rows: int,
         meta: dict[str, Any],
+        columns: Collection[str] = tuple(COLUMNS),
+        resume: bool = False,
     ):
         if min(n_rows, n_models, d_model, shard_rows) < 1:
             raise ValueError(f"{n_rows=}, {n_models=}, {d_model=} and {shard_rows=} must be at least 1")
@@ -79,21 +101,30 @@ class StoreWriter:
             raise ValueError(f"meta names {len(self._meta.models)} models, the activations have {n_models}")
         self.n_rows, self.n_models, self.d_model, self.dtype = n_rows, n_models, d_model, dtype
         self._row_bytes = n_models * d_model * TORCH_DTYPES[dtype].itemsize
+        self._columns = [name for name in COLUMNS if name in columns]
         self._sizes = [min(shard_rows, n_rows - start) for start in range(0, n_rows, shard_rows)]
         roles = self._meta.roles or []
-        self._bos = roles.index("bos") if "bos" in roles else None
+        self._bos = roles.index("bos") if "bos" in roles and "roles" in columns else None
         self._stats = RunningStats(n_models, d_model)
         self._done: list[ShardInfo] = []
-        self._n_appended = 0
-        self._shard: _OpenShard | None = None
+        self.n_appended = self.n_acknowledged = 0
+        self._shard: OpenShard | None = None
+        self._failed = False
+        self._committed_at = time.monotonic()
+        self._key = store_key(
+            n_rows=n_rows, n_models=n_models, d_model=d_model, dtype=dtype, shard_rows=shard_rows,
+            columns=self._columns, meta=self._meta.to_json(),
+        )  # fmt: skip
         if self._path.exists() and not self._path.is_dir():
             raise OptionError(f"{self._path}: is a file; a store is a directory, choose another -o")
-        self._path.mkdir(parents=True, exist_ok=True)
-        self._remove_all()
+        with self._disk():
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._unlock = weakref.finalize(self, os.close, lock_directory(self._path))
+        self._staging = Staging(self._row_bytes, self._sizes[0])
         try:
-            self._offsets = [self._reserve(index) for index in range(len(self._sizes))]
+            self._start(resume)
         except BaseException:
-            self._remove_all()
+            self._release()
             raise
 
     def __enter__(self) -> Self:
@@ -102,26 +133,36 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._abandon()
+        if not self._unlock.alive:
             return
         try:
-            self._finish()
-        except BaseException:
-            self._abandon()
-            raise
+            if error is None:
+                self._finish()
+            elif not self._failed:
+                self._acknowledge_despite(error)
+        finally:
+            if self.n_acknowledged:
+                self._release()
+            else:
+                self.discard()
+
+    def discard(self) -> None:
+        """Remove everything, acknowledged or not, and end the writer."""
+        self._close_files()
+        remove_store(self._path)
+        self._release()
 
     def append(
         self,
         activations: Tensor,
         *,
-        token_ids: NDArray[Any],
-        sequence_ids: NDArray[Any],
-        positions: NDArray[Any],
-        roles: NDArray[Any],
-        sources: NDArray[Any],
+        token_ids: NDArray[Any] | None = None,
+        sequence_ids: NDArray[Any] | None = None,
+        positions: NDArray[Any] | None = None,
+        roles: NDArray[Any] | None = None,
+        sources: NDArray[Any] | None = None,
     ) -> None:
-        """Write the next n rows.
+        """Write the next n rows, with every column that the store has, and no other.
 
         Args:
             activations: [n, M, D], any float type; rounded to the store's type, to nearest, ties to even.
@@ -132,16 +173,18 @@ class StoreWriter:
             sources: (n,), index into the sources of the metadata.
 
         Raises:
-            InputError: A value is NaN or infinite, or too large for the store's type.
+            InputError: A value is NaN or infinite, or too large for the store's type. No row of the call is taken.
             ResourceError: The disk is full.
-            ValueError: A shape is wrong, or there are more rows than were promised.
+            FastdiffError: It cannot be written.
+            ValueError: A shape or the columns are wrong, or there are more rows than were promised.
         """
+        self._require_usable()
         n = activations.shape[0]
         if activations.shape != (n, self.n_models, self.d_model):
             want = f"[n, {self.n_models}, {self.d_model}]"
             raise ValueError(f"activations have shape {list(activations.shape)}, expected {want}")
-        if self._n_appended + n > self.n_rows:
-            raise ValueError(f"{self._n_appended + n} rows appended, but n_rows={self.n_rows}")
+        if self.n_appended + n > self.n_rows:
+            raise ValueError(f"{self.n_appended + n} rows appended, but n_rows={self.n_rows}")
         given = {
             "token_ids": token_ids,
             "sequence_ids": sequence_ids,
@@ -149,32 +192,74 @@ class StoreWriter:
             "roles": roles,
             "sources": sources,
         }
-        columns = {name: _column(name, given[name], n) for name in COLUMNS}
+        columns = {name: _column(name, values, n) for name, values in given.items() if values is not None}
+        if list(columns) != self._columns:
+            raise ValueError(f"columns {list(columns)} given, but the store has {self._columns}")
         stored = activations.detach().to(device="cpu", dtype=TORCH_DTYPES[self.dtype]).contiguous()
         self._check_finite(activations, stored, columns)
-        start = 0
-        while start < n:
-            shard = self._current()
-            stop = min(n, start + shard.n_rows - shard.n_written)
-            with self._room():
-                shard.write(stored[start:stop], {k: v[start:stop] for k, v in columns.items()})
-            start = stop
-            if shard.n_written == shard.n_rows:
-                self._close_shard()
-        counted = stored if self._bos is None else stored[torch.from_numpy(columns["roles"] != self._bos)]
-        self._stats.add(counted)
-        self._n_appended += n
+        stats = self._stats.copy()
+        stats.add(stored if self._bos is None else stored[torch.from_numpy(columns["roles"] != self._bos)])
+        # an interrupt from here on leaves rows and numbers that do not agree
+        self._failed = True
+        with self._disk():
+            data = stored.view(torch.uint8).numpy().reshape(n, self._row_bytes)
+            start = 0
+            while start < n:
+                shard = self._current()
+                stop = min(n, start + shard.n_rows - shard.n_written)
+                shard.write(data[start:stop], {name: values[start:stop] for name, values in columns.items()})
+                start = stop
+                if shard.n_written == shard.n_rows:
+                    self._finish_shard()
+        self._stats = stats
+        self.n_appended += n
+        self._failed = False
+        due = (self.n_appended - self.n_acknowledged) * self._row_bytes >= _COMMIT_BYTES
+        if due or time.monotonic() - self._committed_at >= _COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Acknowledge every appended row: from now on it survives a kill and a power cut.
+
+        This happens by itself every 256 MiB, after 10 s, and at the end of the `with` block.
+
+        Raises:
+            ResourceError: The disk is full.
+            FastdiffError: It cannot be written.
+        """
+        self._require_usable()
+        if self.n_appended == self.n_acknowledged:
+            return
+        self._failed = True
+        with self._disk():
+            if self._shard is not None:
+                self._shard.sync()
+            journal = Journal(
+                key=self._key,
+                n_rows=self.n_appended,
+                checked_from=self.n_acknowledged,
+                shards=self._done,
+                sums={} if self._shard is None else self._shard.sums(),
+                last_sum=0 if self._shard is None else self._shard.last_sum(),
+                stats=base64.b64encode(self._stats.to_bytes()).decode(),
+            )
+            write_journal(self._path, journal)
+            self.n_acknowledged = self.n_appended
+            self._rename_finished()
+        self._failed = False
+        self._committed_at = time.monotonic()
 
     def _check_finite(self, given: Tensor, stored: Tensor, columns: Mapping[str, NDArray[Any]]) -> None:
-        finite = torch.isfinite(stored)
-        if bool(finite.all()):
+        row = _native.first_nonfinite_row(stored.view(torch.uint8).numpy(), self.dtype)
+        if row < 0:
             return
-        row, model, unit = (int(i) for i in (~finite).nonzero()[0])
+        model, unit = (int(i) for i in (~torch.isfinite(stored[row])).nonzero()[0])
         value = float(given[row, model, unit])
-        where = (
-            f"model {self._meta.models[model].name}, sequence {columns['sequence_ids'][row]}, "
-            f"position {columns['positions'][row]}"
-        )
+        where = f"model {self._meta.models[model].name}, "
+        if "sequence_ids" in columns and "positions" in columns:
+            where += f"sequence {columns['sequence_ids'][row]}, position {columns['positions'][row]}"
+        else:
+            where += f"row {self.n_appended + row}"
         if np.isfinite(value):
             raise InputError(
                 f"{self._path}: {where}: activation {value:g} is too large for {self.dtype}; store bfloat16"
@@ -184,118 +269,148 @@ class StoreWriter:
             "or leave that text out"
         )
 
-    def _current(self) -> "_OpenShard":
+    def _start(self, resume: bool) -> None:
+        journal = read_journal(self._path) if resume else None
+        if journal is None:
+            remove_store(self._path)
+            try:
+                with self._disk():
+                    self._offsets = self._each_shard(create_shard)
+            except BaseException:
+                remove_store(self._path)
+                raise
+            return
+        if journal.key != self._key:
+            raise OptionError(
+                f"{self._path}: holds an unfinished store of other options; choose another -o, "
+                "or --overwrite to replace it"
+            )
+        with self._disk():
+            self._reopen(journal)
+
+    def _reopen(self, journal: Journal) -> None:
+        """Take up what the journal acknowledges.
+
+        Raises:
+            InputError: It is not there as it was written.
+        """
+        self._done = list(journal.shards)
+        self._rename_finished()
+        self._offsets = self._each_shard(find_shard)
+        first = 0
+        for index, info in enumerate(journal.shards):
+            shard = self._open(index)
+            shard.read_back(shard.n_rows)
+            if self._sha256(shard) != info.sha256:
+                raise InputError(
+                    f"{self._file(index)}: rows {first} to {first + shard.n_rows - 1} have other side columns or "
+                    "checksums than were written; check the disk, then start again with --overwrite"
+                )
+            if journal.checked_from < first + shard.n_rows:
+                shard.check(max(0, journal.checked_from - first))
+            shard.close()
+            first += shard.n_rows
+        if journal.n_rows > first:
+            self._shard = self._open(len(journal.shards))
+            self._shard.read_back(journal.n_rows - first, journal.last_sum)
+            if self._shard.sums() != journal.sums:
+                raise InputError(
+                    f"{self._file(len(journal.shards))}: rows {first} to {journal.n_rows - 1} have other side columns "
+                    "or checksums than were written; check the disk, then start again with --overwrite"
+                )
+            self._shard.check(max(0, journal.checked_from - first))
+            self._shard.refill()
+        self._stats = RunningStats.from_bytes(journal.stats_state, self.n_models, self.d_model)
+        # the writer before may have been killed while it wrote one of these, or behind its last row
+        for name in (f".{JOURNAL}.tmp", f".{STORE_FILE}.tmp", STORE_FILE):
+            (self._path / name).unlink(missing_ok=True)
+        self.n_appended = self.n_acknowledged = journal.n_rows
+
+    def _current(self) -> OpenShard:
         if self._shard is None:
-            index = len(self._done)
-            self._shard = _OpenShard(self._temporary(index), self._offsets[index], self._sizes[index], self._row_bytes)
+            self._shard = self._open(len(self._done))
         return self._shard
 
-    def _close_shard(self) -> None:
+    def _open(self, index: int) -> OpenShard:
+        return OpenShard(self._file(index), self._offsets[index], self._sizes[index], self._row_bytes, self._staging)
+
+    def _finish_shard(self) -> None:
         assert self._shard is not None
+        self._shard.sync()
+        self._shard.close()
         index = len(self._done)
-        with self._room():
-            self._shard.finish()
-            self._temporary(index).rename(self._path / shard_name(index))
-            fsync_directory(self._path)
-        sha256 = shard_sha256(
-            self._shard.crc32c,
-            self._shard.columns,
-            n_rows=self._sizes[index],
-            n_models=self.n_models,
-            d_model=self.d_model,
-            dtype=self.dtype,
-        )
+        sha256 = self._sha256(self._shard)
         self._shard = None
         self._done.append(ShardInfo(file=shard_name(index), n_rows=self._sizes[index], sha256=sha256))
 
     def _finish(self) -> None:
-        if self._n_appended != self.n_rows:
-            raise ValueError(f"{self._n_appended} rows appended, but n_rows={self.n_rows}")
+        self.commit()
+        if self.n_appended != self.n_rows:
+            raise ValueError(f"{self.n_appended} rows appended, but n_rows={self.n_rows}")
         self._meta.shards = self._done
         self._meta.stats = self._stats.result()
-        write_json(self._path / STORE_FILE, self._meta.to_json())
+        with self._disk():
+            write_json(self._path / STORE_FILE, self._meta.to_json())
+            (self._path / JOURNAL).unlink()
+            fsync_directory(self._path)
 
-    def _abandon(self) -> None:
+    def _acknowledge_despite(self, error: BaseException) -> None:
+        try:
+            self.commit()
+        except FastdiffError as second:
+            error.add_note(f"and rows from {self.n_acknowledged} on could not be kept: {second}")
+
+    def _require_usable(self) -> None:
+        if self._failed or not self._unlock.alive:
+            raise ValueError(f"{self._path}: this writer has failed or ended; make a new one with resume=True")
+
+    def _close_files(self) -> None:
+        # the threads first: they use the shard's file
+        self._staging.close()
         if self._shard is not None:
             self._shard.close()
-            self._shard = None
-        self._remove_all()
 
-    def _remove_all(self) -> None:
-        # the mark of a whole store goes first
-        (self._path / STORE_FILE).unlink(missing_ok=True)
-        for pattern in (".shard-*.h5.tmp", "shard-*.h5"):
-            for file in self._path.glob(pattern):
-                file.unlink()
+    def _release(self) -> None:
+        self._close_files()
+        self._unlock()
 
-    def _temporary(self, index: int) -> Path:
-        return self._path / f".{shard_name(index)}.tmp"
+    def _rename_finished(self) -> None:
+        """Give shards that the journal calls finished their names."""
+        waiting = [index for index in range(len(self._done)) if temporary(self._path, index).exists()]
+        for index in waiting:
+            temporary(self._path, index).replace(self._path / shard_name(index))
+        if waiting:
+            fsync_directory(self._path)
 
-    def _reserve(self, index: int) -> dict[str, int]:
-        with self._room():
-            return create_shard(
-                self._temporary(index),
-                n_rows=self._sizes[index],
+    def _file(self, index: int) -> Path:
+        return self._path / shard_name(index) if index < len(self._done) else temporary(self._path, index)
+
+    def _each_shard(self, do: Callable[..., dict[str, int]]) -> list[dict[str, int]]:
+        """Create or find every shard; where their data sets begin."""
+        return [
+            do(
+                self._file(index),
+                n_rows=n_rows,
                 n_models=self.n_models,
                 d_model=self.d_model,
                 dtype=self.dtype,
+                columns=self._columns,
             )
+            for index, n_rows in enumerate(self._sizes)
+        ]
 
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            total = self.n_rows * self._row_bytes / 1e9
-            raise ResourceError(
-                f"{self._path}: no room for {total:.3g} GB of activations ({error.strerror}); "
-                "free some or store fewer tokens"
-            ) from error
+    def _sha256(self, shard: OpenShard) -> str:
+        return shard_sha256(
+            shard.crc32c,
+            shard.columns,
+            n_rows=shard.n_rows,
+            n_models=self.n_models,
+            d_model=self.d_model,
+            dtype=self.dtype,
+        )
 
-
-class _OpenShard:
-    """The shard being filled: activations go to the file at once, columns and CRCs at its end."""
-
-    def __init__(self, path: Path, offsets: Mapping[str, int], n_rows: int, row_bytes: int):
-        self.n_rows, self.n_written = n_rows, 0
-        self.columns = {name: np.zeros(n_rows, kind) for name, kind in COLUMNS.items()}
-        self.crc32c = np.zeros(crc_blocks(n_rows), np.uint32)
-        self._offsets, self._row_bytes = offsets, row_bytes
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-
-    def write(self, activations: Tensor, columns: Mapping[str, NDArray[Any]]) -> None:
-        start, stop = self.n_written, self.n_written + activations.shape[0]
-        data = activations.view(torch.uint8).numpy().reshape(stop - start, self._row_bytes)
-        write_at(self._fd, data.data, self._offsets["activations"] + start * self._row_bytes)
-        self._sum(data, start)
-        for name, values in columns.items():
-            self.columns[name][start:stop] = values
-        self.n_written = stop
-
-    def _sum(self, data: NDArray[np.uint8], start: int) -> None:
-        # the first block may have begun in an earlier call, and the last one may go on in a later
-        head = min(-start % CRC_ROWS, len(data))
-        if head:
-            block = start // CRC_ROWS
-            self.crc32c[block] = _native.crc32c(data[:head], int(self.crc32c[block]))
-        if head < len(data):
-            sums = _native.crc32c_blocks(data[head:], CRC_ROWS * self._row_bytes)
-            first = (start + head) // CRC_ROWS
-            self.crc32c[first : first + len(sums)] = sums
-
-    def finish(self) -> None:
-        for name, values in self.columns.items():
-            write_at(self._fd, values.data, self._offsets[name])
-        write_at(self._fd, self.crc32c.data, self._offsets["crc32c"])
-        os.fsync(self._fd)
-        self.close()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def _disk(self) -> AbstractContextManager[None]:
+        return disk_errors(self._path, self.n_rows * self._row_bytes)
 
 
 def _column(name: str, values: NDArray[Any], n: int) -> NDArray[Any]:

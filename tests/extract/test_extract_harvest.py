@@ -432,21 +432,6 @@ def test_failing_overwrite_keeps_the_old_store_until_weights_are_loaded(pairs, t
     assert files(out) == before
 
 
-def test_interrupted_extraction_starts_again(pairs, texts, tmp_path, monkeypatch) -> None:
-    config, out, heard = configured(pairs["llama"], texts), tmp_path / "acts", Heard()
-    with monkeypatch.context() as patch:
-        # a killed process runs no clean-up
-        patch.setattr(harvest, "clear", lambda _: None)
-        patch.setattr(harvest.StoreWriter, "_abandon", lambda _: None)
-        patch.setattr(harvest, "_columns", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            extract(config, out)
-    assert any(name.endswith(".tmp") for name in files(out))
-    extract(config, out, heard)
-    assert any("interrupted here; it starts again" in line for line in heard.lines)
-    assert files(out) == files(extract(config, tmp_path / "fresh"))
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_directory_of_something_else_is_left_alone(pairs, texts, tmp_path, overwrite) -> None:
     out = tmp_path / "home"

@@ -49,6 +49,50 @@ def test_sum_continues_from_a_part() -> None:
         assert _native.crc32c(data[cut:], _native.crc32c(data[:cut])) == crc32c(data.tobytes())
 
 
+# the hardware path sums three runs side by side, of 2048 bytes and of 256, then words, then bytes
+LONG, SHORT = 3 * 2048, 3 * 256
+BOUNDARIES = sorted({n + i for n in (0, SHORT, 2 * SHORT, LONG, LONG + SHORT, 2 * LONG) for i in range(-9, 10)})
+
+
+@pytest.mark.parametrize("value", [0, 1, 0xFFFFFFFF, 0x9E3779B9])
+def test_hardware_equals_tables_around_every_block_boundary(value: int) -> None:
+    assert _native.crc32c_has_hardware()
+    data = np.random.default_rng(3).integers(0, 256, 2 * LONG + 32, dtype=np.uint8)
+    for length in filter(lambda n: n >= 0, BOUNDARIES):
+        for start in (0, 1, 5):
+            piece = data[start : start + length]
+            assert _native.crc32c(piece, value) == _native.crc32c(piece, value, tables=True), (start, length)
+
+
+def test_hardware_equals_tables_at_every_length() -> None:
+    data = np.random.default_rng(4).integers(0, 256, LONG + 2 * SHORT, dtype=np.uint8)
+    for length in range(len(data) + 1):
+        assert _native.crc32c(data[:length], length) == _native.crc32c(data[:length], length, tables=True), length
+
+
+def test_tables_are_right_at_a_length_with_every_kind_of_run() -> None:
+    data = np.random.default_rng(5).integers(0, 256, LONG + SHORT + 13, dtype=np.uint8)
+    assert _native.crc32c(data) == _native.crc32c(data, tables=True) == crc32c(data.tobytes())
+
+
+@pytest.mark.parametrize("row_bytes", [1, 20, 767, 9216, 14336])
+def test_rows_summed_one_after_the_other_equal_their_block(row_bytes: int) -> None:
+    data = np.random.default_rng(6).integers(0, 256, (32, row_bytes), dtype=np.uint8)
+    chained = 0
+    for row in data:
+        chained = _native.crc32c(row, chained)
+    assert [chained] == _native.crc32c_blocks(data, 32 * row_bytes, tables=True).tolist()
+
+
+def test_one_wrong_bit_anywhere_changes_the_sum() -> None:
+    data = np.random.default_rng(7).integers(0, 256, LONG + SHORT + 9, dtype=np.uint8)
+    right = _native.crc32c(data)
+    for at in range(0, len(data), 61):
+        data[at] ^= 1 << at % 8
+        assert _native.crc32c(data) != right
+        data[at] ^= 1 << at % 8
+
+
 @pytest.mark.parametrize("tables", [False, True])
 def test_one_sum_per_block(tables: bool) -> None:
     data = np.random.default_rng(2).standard_normal((70, 6)).astype(np.float32)

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from fastdiff import _native
-from fastdiff.errors import InputError, OptionError, ResourceError
+from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
+from fastdiff.store import open_shard
+from fastdiff.store import writer as writer_module
 from fastdiff.store.format import StoreMeta
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
@@ -39,6 +43,10 @@ def make_rows(n: int, d_model: int = 5, seed: int = 0) -> tuple[torch.Tensor, di
         "sources": rng.integers(0, 2, n),
     }
     return torch.from_numpy(values).float(), columns
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def write(path: Path, n: int = 100, *, step: int = 33, **changes: Any) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
@@ -198,27 +206,34 @@ def test_a_value_too_large_for_float16_names_the_cure(tmp_path: Path) -> None:
         writer.append(values, **columns)
 
 
-def test_nothing_is_trusted_after_an_exception(tmp_path: Path) -> None:
-    write(tmp_path)
+def test_an_exception_keeps_what_was_appended_but_leaves_no_store(tmp_path: Path) -> None:
+    write(tmp_path / "whole", step=10)
     values, columns = make_rows(100)
+    options: dict[str, Any] = {"n_rows": 100, "n_models": 2, "d_model": 5, "dtype": "bfloat16", "shard_rows": 40}
 
-    def fail_after(n: int) -> None:
-        with StoreWriter(
-            tmp_path, n_rows=100, n_models=2, d_model=5, dtype="bfloat16", shard_rows=40, meta=META
-        ) as writer:
-            assert not (tmp_path / "store.json").exists()
-            writer.append(values[:n], **{k: v[:n] for k, v in columns.items()})
+    def fail_after(n: int, path: Path) -> None:
+        with StoreWriter(path, meta=META, **options) as writer:
+            assert not (path / "store.json").exists()
+            for start in range(0, n, 10):
+                writer.append(values[start : start + 10], **{k: v[start : start + 10] for k, v in columns.items()})
             raise KeyboardInterrupt
 
     for n in (0, 10, 40, 90):
+        path = tmp_path / str(n)
+        write(path)
         with pytest.raises(KeyboardInterrupt):
-            fail_after(n)
-        assert list(tmp_path.iterdir()) == []
-        with pytest.raises(InputError, match="not a store"):
-            ActivationStore(tmp_path)
+            fail_after(n, path)
+        with pytest.raises(InputError, match="the store was not finished" if n else "not a store"):
+            ActivationStore(path)
+        assert n or list(path.iterdir()) == []
+        with StoreWriter(path, meta=META, resume=True, **options) as writer:
+            assert writer.n_appended == writer.n_acknowledged == n
+            for start in range(n, 100, 10):
+                writer.append(values[start : start + 10], **{k: v[start : start + 10] for k, v in columns.items()})
+        assert contents(path) == contents(tmp_path / "whole")
 
 
-def test_a_killed_writer_leaves_no_store_and_the_next_one_starts_afresh(tmp_path: Path) -> None:
+def test_a_writer_killed_before_a_commit_leaves_no_store_and_the_next_one_starts_afresh(tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
 import numpy as np, torch
@@ -233,16 +248,184 @@ with StoreWriter(Path({str(tmp_path)!r}), n_rows=100, n_models=2, d_model=5, dty
 """
     ran = subprocess.run([sys.executable, "-P", "-c", script], check=False, cwd=tmp_path.parent)
     assert ran.returncode == -9
+    # names are settled by commits
     assert sorted(file.name for file in tmp_path.iterdir()) == [
+        ".shard-00000.h5.tmp",
         ".shard-00001.h5.tmp",
         ".shard-00002.h5.tmp",
-        "shard-00000.h5",
     ]
     with pytest.raises(InputError, match="the store was not finished"):
         ActivationStore(tmp_path)
-    write(tmp_path)
+    write(tmp_path, resume=True)
     assert len(list(tmp_path.iterdir())) == 4
     ActivationStore(tmp_path).close()
+
+
+def test_discard_removes_even_what_was_acknowledged(tmp_path: Path) -> None:
+    values, columns = make_rows(100)
+    options: dict[str, Any] = {"n_rows": 100, "n_models": 2, "d_model": 5, "dtype": "bfloat16", "shard_rows": 40}
+    with StoreWriter(tmp_path, meta=META, **options) as writer:
+        writer.append(values[:90], **{k: v[:90] for k, v in columns.items()})
+        writer.commit()
+        assert (tmp_path / "shard-00001.h5").exists()
+        writer.discard()
+        assert list(tmp_path.iterdir()) == []
+        with pytest.raises(ValueError, match="failed or ended"):
+            writer.append(values[90:], **{k: v[90:] for k, v in columns.items()})
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path)  # the lock is free again
+
+
+def test_a_second_writer_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="0 rows appended"),
+        StoreWriter(tmp_path, n_rows=9, n_models=2, d_model=5, dtype="float32", shard_rows=9, meta=META),
+    ):
+        before = sorted(tmp_path.iterdir())
+        for resume in (False, True):
+            with pytest.raises(LockedError, match="another process is writing here"):
+                write(tmp_path, resume=resume)
+        assert sorted(tmp_path.iterdir()) == before
+    write(tmp_path)
+
+
+def test_rows_that_are_refused_cost_none_of_those_before(tmp_path: Path) -> None:
+    write(tmp_path / "whole", step=50)
+    values, columns = make_rows(100)
+    bad = values.clone()
+    bad[60, 1, 2] = float("nan")
+    options: dict[str, Any] = {"n_rows": 100, "n_models": 2, "d_model": 5, "dtype": "bfloat16", "shard_rows": 40}
+    halves = [{k: v[:50] for k, v in columns.items()}, {k: v[50:] for k, v in columns.items()}]
+    with (
+        pytest.raises(InputError, match="activation is nan"),
+        StoreWriter(tmp_path / "s", meta=META, **options) as writer,
+    ):
+        writer.append(bad[:50], **halves[0])
+        writer.append(bad[50:], **halves[1])
+    with StoreWriter(tmp_path / "s", meta=META, resume=True, **options) as writer:
+        assert writer.n_appended == 50
+        writer.append(values[50:], **halves[1])
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("name", "limit"), [("_COMMIT_BYTES", 700), ("_COMMIT_SECONDS", 0.0)])
+def test_commits_happen_by_themselves_by_size_and_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, limit: float
+) -> None:
+    values, columns = make_rows(100)
+    monkeypatch.setattr(writer_module, name, limit)
+    with StoreWriter(tmp_path, n_rows=100, n_models=2, d_model=5, dtype="bfloat16", shard_rows=40, meta=META) as writer:
+        seen = []
+        for start in range(0, 100, 20):  # 400 bytes each
+            writer.append(values[start : start + 20], **{k: v[start : start + 20] for k, v in columns.items()})
+            seen.append(writer.n_acknowledged)
+    assert seen == ([0, 40, 40, 80, 80] if name == "_COMMIT_BYTES" else [20, 40, 60, 80, 100])
+
+
+def test_large_rows_pass_through_every_buffer_and_the_end_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, d_model = 1000, 256
+    values, columns = make_rows(n, d_model)
+    monkeypatch.setattr(open_shard, "_BUFFER_BYTES", 40_000)  # 32 rows of 1024 bytes in each of four buffers
+    monkeypatch.setattr(writer_module, "_COMMIT_BYTES", 100_000)
+    with StoreWriter(
+        tmp_path, n_rows=n, n_models=2, d_model=d_model, dtype="bfloat16", shard_rows=333, meta=META
+    ) as writer:
+        for start in range(0, n, 77):
+            writer.append(values[start : start + 77], **{k: v[start : start + 77] for k, v in columns.items()})
+    with ActivationStore(tmp_path) as store:
+        assert torch.equal(store.slice(0, n), values.bfloat16())
+        for k, v in columns.items():
+            assert np.array_equal(store.column(k), v)
+        sums = store.crc32c()
+        assert sums is not None
+        for first, shard in zip(range(0, n, 333), sums, strict=True):
+            rows = values.bfloat16()[first : min(n, first + 333)].contiguous().view(torch.uint8).numpy()
+            assert np.array_equal(shard, _native.crc32c_blocks(rows, 32 * 1024, tables=True))
+
+
+@pytest.mark.parametrize("at_most", [1, 4095, 5000, 12_288])
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_most: int) -> None:
+    values, columns = make_rows(100, 128)
+    options: dict[str, Any] = {"n_rows": 100, "n_models": 2, "d_model": 128, "dtype": "bfloat16", "shard_rows": 70}
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: max(at_most, len(data) // 9)], offset))
+    with StoreWriter(tmp_path, meta=META, **options) as writer:
+        writer.append(values, **columns)
+    with ActivationStore(tmp_path) as store:
+        assert torch.equal(store.slice(0, 100), values.bfloat16())
+        assert np.array_equal(store.column("sequence_ids"), columns["sequence_ids"])
+
+
+def test_a_file_system_without_direct_writes_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+    os_open, pwrite, direct = os.open, os.pwrite, set()
+
+    def without(path: Any, flags: int, *rest: Any) -> int:
+        if flags & os.O_DIRECT:
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return os_open(path, flags, *rest)
+
+    def watched(path: Any, flags: int, *rest: Any) -> int:
+        fd = os_open(path, flags, *rest)
+        (direct.add if flags & os.O_DIRECT else direct.discard)(fd)
+        return fd
+
+    def picky(fd: int, data: Any, offset: int) -> int:
+        if fd in direct:
+            refused.append(fd)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(fd, data, offset)
+
+    write(tmp_path / "a", 5000, shard_rows=3000)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", without)
+        write(tmp_path / "b", 5000, shard_rows=3000)
+    assert refused
+    refused.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", watched)
+        patch.setattr(os, "pwrite", picky)
+        write(tmp_path / "c", 5000, shard_rows=3000)
+    assert refused
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_a_store_may_have_only_some_columns(tmp_path: Path) -> None:
+    values, columns = make_rows(100)
+    options: dict[str, Any] = {"n_rows": 100, "n_models": 2, "d_model": 5, "dtype": "float32", "shard_rows": 40}
+    options |= {"meta": META, "columns": ("sequence_ids",)}
+    ids = columns["sequence_ids"]
+
+    def fill(path: Path, stop: int, **more: Any) -> None:
+        with StoreWriter(path, **(options | more)) as writer:
+            for start in range(writer.n_appended, stop, 30):
+                writer.append(values[start : start + 30], sequence_ids=ids[start : start + 30])
+
+    fill(tmp_path / "whole", 100)
+    with pytest.raises(ValueError, match="60 rows appended"):
+        fill(tmp_path / "s", 60)
+    with pytest.raises(OptionError, match="other options"):
+        fill(tmp_path / "s", 100, resume=True, columns=("sequence_ids", "roles"))
+    fill(tmp_path / "s", 100, resume=True)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+    with ActivationStore(tmp_path / "s") as store:
+        assert np.array_equal(store.column("sequence_ids"), ids)
+        assert store.column("roles") is None
+        # without roles no row is known to be bos
+        assert store.stats().n_rows == 100
+    for given in ({}, columns):
+        with pytest.raises(ValueError, match=r"columns \["), StoreWriter(tmp_path / "t", **options) as writer:
+            writer.append(values, **given)
+    values[70, 0, 0] = float("inf")
+    with pytest.raises(InputError, match="model org/base, row 90: activation is inf"):
+        values[90] = values[70]
+        values[70] = 0
+        fill(tmp_path / "t", 100)
 
 
 def test_a_full_disk_is_found_before_any_work(tmp_path: Path) -> None:
@@ -301,4 +484,7 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message), StoreWriter(tmp_path / "s", **options) as writer:
             writer.append(given, **(columns | wrong))
-        assert list((tmp_path / "s").iterdir()) == []
+        # four good rows are kept, for a writer that knows the others
+        assert sorted(file.name for file in (tmp_path / "s").iterdir()) == (
+            [".journal", ".shard-00001.h5.tmp", ".shard-00002.h5.tmp", "shard-00000.h5"] if len(given) == 4 else []
+        )

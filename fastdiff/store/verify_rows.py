@@ -1,0 +1,158 @@
+"""Whether the rows of a shard are those its checksums were made of, and finite; a few megabytes at a time."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdiff import _native
+from fastdiff.errors import InputError
+from fastdiff.store.format import CRC_ROWS, TORCH_DTYPES
+from fastdiff.store.hdf5_rows import Hdf5Rows
+from fastdiff.store.index import BITS, ShardIndex
+
+# what one thread reads at a time; a block of 32 rows at least
+_PIECE_BYTES = 8 << 20
+# ranges of rows that are named one by one
+_NAMED = 20
+
+Read = Callable[[int, int, NDArray[np.uint8]], None]
+
+
+@dataclass
+class RowFindings:
+    """What is wrong with the rows of a shard.
+
+    Attributes:
+        corrupt: [first row, end) of blocks that do not have their checksum, neighbours joined.
+        unreadable: [first row, end, why].
+        n_nonfinite: Rows that hold NaN or infinity.
+        first_nonfinite: The first of them.
+    """
+
+    corrupt: list[tuple[int, int]] = field(default_factory=list)
+    unreadable: list[tuple[int, int, str]] = field(default_factory=list)
+    n_nonfinite: int = 0
+    first_nonfinite: int = -1
+
+    def problems(self) -> Iterator[str]:
+        """One line each, without the file's name."""
+        for first, end, why in self.unreadable[:_NAMED]:
+            yield f"rows {first} to {end - 1} cannot be read ({why}); copy or extract it again"
+        for first, end in self.corrupt[:_NAMED]:
+            yield f"rows {first} to {end - 1} are not what was written (CRC-32C); copy or extract it again"
+        for name, ranges in (("cannot be read", self.unreadable[_NAMED:]), ("are corrupt", self.corrupt[_NAMED:])):
+            if ranges:
+                n_rows = sum(found[1] - found[0] for found in ranges)
+                yield f"{n_rows} more rows in {len(ranges)} places {name}; copy or extract it again"
+        if self.n_nonfinite:
+            yield (
+                f"{self.n_nonfinite} rows hold NaN or infinity, the first is row {self.first_nonfinite}; "
+                "extract it again, or leave them out"
+            )
+
+    def _take(self, first: int, end: int, piece: "_Piece") -> None:
+        if piece.why is not None:
+            self.unreadable.append((first, end, piece.why))
+        for block in piece.bad_blocks:
+            start, stop = first + int(block) * CRC_ROWS, min(end, first + (int(block) + 1) * CRC_ROWS)
+            if self.corrupt and self.corrupt[-1][1] == start:
+                start = self.corrupt.pop()[0]
+            self.corrupt.append((start, stop))
+        if piece.n_nonfinite and not self.n_nonfinite:
+            self.first_nonfinite = first + piece.first_nonfinite
+        self.n_nonfinite += piece.n_nonfinite
+
+
+@dataclass(frozen=True)
+class _Piece:
+    bad_blocks: NDArray[np.int64]
+    n_nonfinite: int
+    first_nonfinite: int
+    why: str | None = None
+
+
+def check_rows(
+    shard: ShardIndex, sums: NDArray[np.uint32] | None, n_threads: int, advance: Callable[[int], object]
+) -> RowFindings:
+    """Read all rows of a shard once.
+
+    Args:
+        shard: Which.
+        sums: (⌈n/32⌉,) its `/crc32c`, or None.
+        n_threads: Threads that read and sum; HDF5 reads with one, whatever is asked.
+        advance: Called with the number of rows that have been checked since the last call.
+    """
+    block_bytes = CRC_ROWS * shard.row_bytes
+    step = CRC_ROWS * max(1, _PIECE_BYTES // block_bytes)
+    found = RowFindings()
+    with _reader(shard) as read, ThreadPoolExecutor(n_threads) as pool:
+
+        def check(first: int) -> _Piece:
+            return _check_piece(shard, sums, read, first, min(first + step, shard.n_rows))
+
+        starts = range(0, shard.n_rows, step)
+        # a few at a time: all pieces of a large shard at once would be a large list
+        for begin in range(0, len(starts), 64):
+            some = starts[begin : begin + 64]
+            for first, piece in zip(some, pool.map(check, some), strict=True):
+                end = min(first + step, shard.n_rows)
+                found._take(first, end, piece)
+                advance(end - first)
+    return found
+
+
+def _check_piece(shard: ShardIndex, sums: NDArray[np.uint32] | None, read: Read, first: int, end: int) -> _Piece:
+    data = np.empty((end - first, shard.row_bytes), np.uint8)
+    none = np.empty(0, np.int64)
+    try:
+        read(first, end, data)
+    except InputError as error:
+        return _Piece(none, 0, -1, str(error).removeprefix(f"{shard.path}: "))
+    except _native.ReadError as error:
+        code = error.args[5]
+        return _Piece(none, 0, -1, os.strerror(code) if code else "the file ends there")
+    bad = none
+    if sums is not None:
+        block = first // CRC_ROWS
+        got = _native.crc32c_blocks(data, CRC_ROWS * shard.row_bytes)
+        bad = np.flatnonzero(got != sums[block : block + len(got)])
+    row = _native.first_nonfinite_row(data, shard.dtype)
+    if row < 0:
+        return _Piece(bad, 0, -1)
+    values = torch.from_numpy(data[row:]).view(TORCH_DTYPES[shard.dtype])
+    return _Piece(bad, int((~torch.isfinite(values)).any(dim=1).sum()), row)
+
+
+@contextmanager
+def _reader(shard: ShardIndex) -> Iterator[Read]:
+    """Something that reads rows [first, end) of a shard to (end - first, row bytes)."""
+    first_rows = np.concatenate([[0], np.cumsum(shard.extent_rows)])
+    if shard.slow is not None:
+        hdf5 = Hdf5Rows([shard.path], np.array([0, shard.n_rows]))
+
+        def by_hdf5(first: int, end: int, out: NDArray[np.uint8]) -> None:
+            bits: NDArray[Any] = out.view(BITS[TORCH_DTYPES[shard.dtype].itemsize])
+            hdf5.read(np.arange(first, end), bits.reshape(end - first, shard.n_models, shard.d_model))
+
+        try:
+            yield by_hdf5
+        finally:
+            hdf5.close()
+        return
+    fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    fds = np.full(len(shard.offsets), fd, np.int64)
+
+    def by_position(first: int, end: int, out: NDArray[np.uint8]) -> None:
+        _native.gather_rows(fds, shard.offsets, first_rows, np.arange(first, end), out)
+
+    try:
+        yield by_position
+    finally:
+        os.close(fd)
