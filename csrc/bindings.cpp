@@ -18,6 +18,7 @@
 #include "permutation.hpp"
 #include "prefetcher.hpp"
 #include "row_reader.hpp"
+#include "staging.hpp"
 #include "statistics.hpp"
 
 namespace py = pybind11;
@@ -158,6 +159,7 @@ std::shared_ptr<Stream> make_stream(const Int64Array& fds, const Int64Array& off
     options.n_slots = n_slots;
     options.n_threads = n_threads;
     options.finite = make_dtype(finite);
+    options.in_place = direct;
     const std::int64_t* rows = stream->table ? stream->table->data() : nullptr;
     py::gil_scoped_release unlocked;
     stream->prefetcher = std::make_unique<fastdiff::Prefetcher>(std::move(reader), order, rows, options);
@@ -218,6 +220,25 @@ std::int64_t first_nonfinite_row(const py::array& data, const std::string& dtype
     py::gil_scoped_release unlocked;
     const std::size_t found = fastdiff::first_nonfinite(bytes, n_rows, row_bytes, kind);
     return found == n_rows ? -1 : static_cast<std::int64_t>(found);
+}
+
+void stage_rows(const py::array& rows, const py::array& to, const py::array& sums, std::size_t first,
+                std::size_t block_rows) {
+    const auto [bytes, n_bytes] = bytes_of(rows);
+    if (rows.ndim() < 1) throw py::value_error("rows must have rows");
+    const auto n_rows = static_cast<std::size_t>(rows.shape(0));
+    if (!(to.flags() & py::array::c_style) || !to.writeable() || static_cast<std::size_t>(to.nbytes()) < n_bytes)
+        throw py::value_error("to must be C-contiguous and writeable, with room for " + std::to_string(n_bytes) + " bytes");
+    if (block_rows < 1) throw py::value_error("block_rows must be at least 1");
+    const auto n_sums = static_cast<std::size_t>(sums.size());
+    if (!sums.dtype().equal(py::dtype::of<std::uint32_t>()) || !(sums.flags() & py::array::c_style) ||
+        !sums.writeable() || first > n_sums * block_rows || n_rows > n_sums * block_rows - first)
+        throw py::value_error("sums must be C-contiguous, writeable uint32 with a place for each block");
+    if (n_rows == 0) return;
+    auto* into = static_cast<std::byte*>(py::array(to).mutable_data());
+    auto* crcs = static_cast<std::uint32_t*>(py::array(sums).mutable_data());
+    py::gil_scoped_release unlocked;
+    fastdiff::stage_rows(bytes, n_rows, n_bytes / n_rows, into, crcs, first, block_rows);
 }
 
 // A float64 array that is written in place.
@@ -318,6 +339,9 @@ PYBIND11_MODULE(_native, m) {
           "Read row rows[i] of the extents into out[i].");
     m.def("first_nonfinite_row", &first_nonfinite_row, py::arg("data"), py::arg("dtype"),
           "The first row of an array that holds NaN or infinity, or -1.");
+    m.def("stage_rows", &stage_rows, py::arg("rows"), py::arg("to").noconvert(), py::arg("sums").noconvert(),
+          py::arg("first"), py::arg("block_rows"),
+          "Copy rows into a buffer, and sum each block of a file in which they follow row `first`, in place.");
     m.def("add_statistics", &add_statistics, py::arg("data"), py::arg("dtype"), py::arg("n"),
           py::arg("mean").noconvert(), py::arg("m2").noconvert(), py::arg("norms").noconvert(),
           "Count rows into mean [M, D], M2 [M, D] and the sum of norms [M] of n rows, in place; returns the new n.");

@@ -91,14 +91,20 @@ __attribute__((target("sse4.2"))) inline std::uint64_t add_word(std::uint64_t cr
 template <std::size_t kRun>
 __attribute__((target("sse4.2"))) std::uint32_t update_runs(std::uint32_t crc, const unsigned char*& p,
                                                             std::size_t& n) {
-    static_assert(kRun % 8 == 0);
+    static_assert(kRun % 64 == 0);
     static constexpr ShiftTables kShift = make_shift(kRun);
     for (; n >= 3 * kRun; p += 3 * kRun, n -= 3 * kRun) {
         std::uint64_t a = crc, b = 0, c = 0;
-        for (std::size_t i = 0; i < kRun; i += 8) {
-            a = add_word(a, p + i);
-            b = add_word(b, p + kRun + i);
-            c = add_word(c, p + 2 * kRun + i);
+        for (std::size_t line = 0; line < kRun; line += 64) {
+            // the same lines of the next three runs: the processor does not see so many short runs coming, and without
+            // this the sum of data outside its own cache took three times as long
+            for (std::size_t run = 3; run < 6; ++run)
+                _mm_prefetch(reinterpret_cast<const char*>(p + run * kRun + line), _MM_HINT_T0);
+            for (std::size_t i = line; i < line + 64; i += 8) {
+                a = add_word(a, p + i);
+                b = add_word(b, p + kRun + i);
+                c = add_word(c, p + 2 * kRun + i);
+            }
         }
         crc = shift(kShift, static_cast<std::uint32_t>(a)) ^ static_cast<std::uint32_t>(b);
         crc = shift(kShift, crc) ^ static_cast<std::uint32_t>(c);

@@ -107,6 +107,7 @@ Window BlockOrder::window(std::uint64_t epoch, std::uint64_t w) const {
 }
 
 std::uint64_t BlockOrder::left_in_window(std::uint64_t position) const {
+    require(n_windows_ > 0, "there are no windows: the order is exact, or the rank has no rows");
     const Place place = locate(position);
     return window_start(place.epoch, window_of(place.epoch, place.row) + 1) - place.row;
 }

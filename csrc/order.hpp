@@ -77,7 +77,7 @@ class BlockOrder {
     std::uint64_t window_of(std::uint64_t epoch, std::uint64_t row) const;
     Window window(std::uint64_t epoch, std::uint64_t w) const;
 
-    // Rows from `position` of the stream to the end of its window.
+    // Rows from `position` of the stream to the end of its window. Throws std::invalid_argument if there are no windows.
     std::uint64_t left_in_window(std::uint64_t position) const;
 
     // Indices at positions [position, position + count) of the stream.

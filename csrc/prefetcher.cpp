@@ -7,6 +7,8 @@
 #include <string>
 #include <utility>
 
+#include "copy.hpp"
+
 namespace fastdiff {
 
 namespace {
@@ -15,6 +17,7 @@ namespace {
 // end together.
 constexpr std::size_t kBlockTaskBytes = std::size_t{2} << 20;
 constexpr std::size_t kBlockTaskRows = 1024;
+constexpr std::size_t kBufferBytes = std::size_t{288} << 10;  // fits a cache of 512 KiB with room for what is copied
 constexpr std::size_t kExactTaskRows = 32;  // rows lie apart: a disk wants many threads waiting, each for one row
 
 std::uint64_t rows_of_task(const BlockOrder& order, std::size_t row_bytes, std::uint64_t block_rows) {
@@ -34,6 +37,7 @@ Prefetcher::Prefetcher(RowReader reader, BlockOrder order, const std::int64_t* t
     if (order_.rows_in_epoch(0) == 0 || options_.count == 0 || options_.batch_rows == 0 || options_.n_slots == 0 ||
         options_.n_threads == 0 || reader_.row_bytes() == 0)
         throw std::invalid_argument("there must be rows, a batch size, slots and threads");
+    if (options_.start + options_.count < options_.start) throw std::invalid_argument("the stream ends past 2^64");
     task_rows_ = rows_of_task(order_, reader_.row_bytes(), order_.block_rows());
     std::size_t pool_bytes = 0;
     if (__builtin_mul_overflow(slot_rows(order_, options_), reader_.row_bytes(), &slot_bytes_) ||
@@ -106,8 +110,41 @@ void Prefetcher::requests(const Slot& slot, std::uint64_t task, std::vector<Requ
     std::sort(out.begin(), out.end(), [](const Request& a, const Request& b) { return a.row < b.row; });
 }
 
+void Prefetcher::read(const std::vector<Request>& wanted, std::byte* to, std::vector<std::byte>& buffer) const {
+    const std::size_t row_bytes = reader_.row_bytes();
+    const std::size_t most = options_.in_place ? wanted.size() : std::max<std::size_t>(kBufferBytes / row_bytes, 1);
+    if (!options_.in_place) buffer.resize(std::min(most, wanted.size()) * row_bytes);
+    std::byte* there = options_.in_place ? to : buffer.data();
+    std::vector<Request> part;
+    for (std::size_t begin = 0; begin < wanted.size(); begin += most) {
+        const auto first = wanted.begin() + static_cast<std::ptrdiff_t>(begin);
+        part.assign(first, first + static_cast<std::ptrdiff_t>(std::min(most, wanted.size() - begin)));
+        if (!options_.in_place)
+            for (std::size_t i = 0; i < part.size(); ++i) part[i].slot = i;
+        // rows come in ascending order: those below a row that cannot be read are there
+        const auto refuse_nonfinite = [&](std::int64_t end) {
+            if (!options_.finite) return;
+            for (const Request& r : part)
+                if (r.row < end && first_nonfinite(there + r.slot * row_bytes, 1, row_bytes, *options_.finite) == 0)
+                    throw NonFiniteRow(r.row);
+        };
+        try {
+            reader_.read(part.data(), part.size(), there);
+        } catch (const RowError& error) {
+            refuse_nonfinite(error.row);
+            throw;
+        }
+        refuse_nonfinite(std::numeric_limits<std::int64_t>::max());
+        if (options_.in_place) continue;
+        for (std::size_t i = 0; i < part.size(); ++i)
+            copy_past_caches(to + wanted[begin + i].slot * row_bytes, there + i * row_bytes, row_bytes);
+    }
+    flush_copies();
+}
+
 void Prefetcher::work() {
     std::vector<Request> wanted;
+    std::vector<std::byte> buffer;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         if (stopped_) return;
@@ -134,23 +171,9 @@ void Prefetcher::work() {
         std::byte* to = pool_->data() + static_cast<std::size_t>(slot - slots_.data()) * slot_bytes_;
         std::exception_ptr failure;
         std::int64_t failed_row = 0;
-        // rows come in ascending order: those below a row that cannot be read are there
-        const auto refuse_nonfinite = [&](std::int64_t end) {
-            if (!options_.finite) return;
-            for (const Request& r : wanted)
-                if (r.row < end &&
-                    first_nonfinite(to + r.slot * reader_.row_bytes(), 1, reader_.row_bytes(), *options_.finite) == 0)
-                    throw NonFiniteRow(r.row);
-        };
         try {
             requests(*slot, task, wanted);
-            try {
-                reader_.read(wanted.data(), wanted.size(), to);
-            } catch (const RowError& error) {
-                refuse_nonfinite(error.row);
-                throw;
-            }
-            refuse_nonfinite(std::numeric_limits<std::int64_t>::max());
+            read(wanted, to, buffer);
         } catch (const RowError& error) {
             failure = std::current_exception();
             failed_row = error.row;
@@ -160,9 +183,9 @@ void Prefetcher::work() {
         }
 
         lock.lock();
-        if (failure && (!slot->failure || failed_row < slot->failed_row)) {
+        if (failure && (!slot->failure || std::pair(failed_row, task) < slot->failed)) {
             slot->failure = failure;
-            slot->failed_row = failed_row;
+            slot->failed = {failed_row, task};
             end_ = 0;  // nothing after it will be wanted
         }
         if (++slot->n_done == slot->n_tasks) slot_filled_.notify_all();
@@ -172,10 +195,11 @@ void Prefetcher::work() {
 std::optional<Prefetcher::View> Prefetcher::take(std::size_t n, double seconds) {
     std::unique_lock<std::mutex> lock(mutex_);
     Slot& slot = slots_[(current_ - 1) % slots_.size()];
-    const auto here = [&] { return stopped_ || broken_ || (slot.sequence == current_ && slot.ready()); };
+    // a window that was begun comes, even if none after it can
+    const auto here = [&] { return stopped_ || (slot.sequence == current_ ? slot.ready() : broken_ != nullptr); };
     const bool came = slot_filled_.wait_for(lock, std::chrono::duration<double>(seconds), here);
     if (stopped_) throw std::runtime_error("the prefetcher was stopped");
-    if (came && !(slot.sequence == current_ && slot.ready())) std::rethrow_exception(broken_);
+    if (came && slot.sequence != current_) std::rethrow_exception(broken_);
     if (!came) {
         if (slot.sequence != current_ && slot.consumed && slot.n_views > 0)
             throw HeldTooLong(std::to_string(slot.n_views) + " batches of an earlier window are still held");

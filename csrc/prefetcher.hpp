@@ -1,7 +1,9 @@
 // Shuffled rows, read ahead: threads fill the slots of a ring, window after window, and a consumer takes them in order.
 //
-// A slot holds one window (order.hpp), in the exact order one batch. Its rows are scattered straight to their shuffled
-// places, so that what the consumer takes is a view and no byte is copied twice. A slot is filled anew only when all
+// A slot holds one window (order.hpp), in the exact order one batch. Its rows are scattered to their shuffled places, so
+// that what the consumer takes is a view. From a disk they are read straight there (`in_place`). From the page cache they
+// go by way of a small buffer in the processor's cache, where they are looked at for NaN, and on past it: that was 5 %
+// faster, with the look for NaN 40 %, although each byte is copied twice. A slot is filled anew only when all
 // views into it are released: that is the back-pressure, and the memory is the ring and nothing else.
 //
 // The rows that come depend on the order alone, never on the number of threads or slots. A fault comes with the first
@@ -16,6 +18,7 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "order.hpp"
@@ -32,6 +35,7 @@ struct PrefetchOptions {
     std::size_t n_slots = 2;
     unsigned n_threads = 1;
     std::optional<Dtype> finite;     // look for NaN and infinity in values of this type
+    bool in_place = false;           // read rows to their places, not by way of a buffer in the processor's cache
 };
 
 // Nothing can come any more: the consumer holds views of every slot.
@@ -77,7 +81,7 @@ class Prefetcher {
         std::optional<Window> window;    // in block order
         std::uint64_t position = 0;      // in exact order: of its first row
         std::exception_ptr failure;
-        std::int64_t failed_row = 0;
+        std::pair<std::int64_t, std::uint64_t> failed;  // row and task of it
         std::size_t n_views = 0;
         bool consumed = true;
 
@@ -88,6 +92,8 @@ class Prefetcher {
     void work();
     bool open_slot();  // the next window begins to be read, if there is one and a slot is free; lock held
     void requests(const Slot& slot, std::uint64_t task, std::vector<Request>& out) const;
+    // Reads rows to their places and looks at them. Throws RowError.
+    void read(const std::vector<Request>& wanted, std::byte* to, std::vector<std::byte>& buffer) const;
     std::int64_t row(std::int64_t index) const { return table_ == nullptr ? index : table_[index]; }
 
     RowReader reader_;

@@ -37,6 +37,9 @@ def cached_share(
     fds: NDArray[np.int64], offsets: NDArray[np.int64], first_rows: NDArray[np.int64], row_bytes: int
 ) -> float: ...
 def first_nonfinite_row(data: NDArray[np.generic], dtype: str) -> int: ...
+def stage_rows(
+    rows: NDArray[np.generic], to: NDArray[np.generic], sums: NDArray[np.uint32], first: int, block_rows: int
+) -> None: ...
 def add_statistics(
     data: NDArray[np.generic],
     dtype: str,

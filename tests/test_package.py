@@ -95,7 +95,7 @@ def test_sdist_holds_headers_tests_and_constraints(copy: Path, sdist: Path) -> N
     expected |= {f"tests/{name}" for name in tree(copy / "tests", ".py")}
     expected |= {f"kernels/{name}" for name in tree(copy / "kernels", ".py")}
     expected |= {"constraints.txt", "pyproject.toml", "setup.py", "LICENSE", "README.md"}
-    assert "csrc/row_gather.hpp" in expected
+    assert "csrc/row_reader.hpp" in expected
     assert expected - found == set()
     assert not [name for name in found if name.endswith((".so", ".pyc"))]
 

@@ -77,7 +77,7 @@ class Shuffler:
     Attributes:
         n_rows: n.
         pool_rows: P as it was chosen; with it, `block_rows` and the seed the order is the same everywhere.
-        pool_bytes: Memory of the pool, held while a stream is open.
+        pool_bytes: Memory of the pool, held while a stream is open; each thread takes 0.3 MB more.
         direct: Whether streams read past the page cache.
         wait_seconds: Time `stream` made its consumer wait.
 

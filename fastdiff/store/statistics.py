@@ -20,10 +20,6 @@ class RunningStats:
         self._m2 = np.zeros((n_models, d_model))
         self._norms = np.zeros(n_models)
 
-    def copy(self) -> "RunningStats":
-        """A second one in the same state."""
-        return self.from_bytes(self.to_bytes(), *self._mean.shape)
-
     def to_bytes(self) -> bytes:
         """The exact state: n, mean [M, D], M2 [M, D] and the sum of norms [M] as little-endian float64."""
         parts = (np.array([self._n]), self._mean.ravel(), self._m2.ravel(), self._norms)

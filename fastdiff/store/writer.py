@@ -197,8 +197,7 @@ class StoreWriter:
             raise ValueError(f"columns {list(columns)} given, but the store has {self._columns}")
         stored = activations.detach().to(device="cpu", dtype=TORCH_DTYPES[self.dtype]).contiguous()
         self._check_finite(activations, stored, columns)
-        stats = self._stats.copy()
-        stats.add(stored if self._bos is None else stored[torch.from_numpy(columns["roles"] != self._bos)])
+        counted = stored if self._bos is None else stored[torch.from_numpy(columns["roles"] != self._bos)]
         # an interrupt from here on leaves rows and numbers that do not agree
         self._failed = True
         with self._disk():
@@ -211,7 +210,7 @@ class StoreWriter:
                 start = stop
                 if shard.n_written == shard.n_rows:
                     self._finish_shard()
-        self._stats = stats
+        self._stats.add(counted)
         self.n_appended += n
         self._failed = False
         due = (self.n_appended - self.n_acknowledged) * self._row_bytes >= _COMMIT_BYTES
@@ -420,6 +419,6 @@ def _column(name: str, values: NDArray[Any], n: int) -> NDArray[Any]:
     if values.shape != (n,) or values.dtype.kind not in "iub":
         raise ValueError(f"{name} must be ({n},) integers, got {values.shape} {values.dtype}")
     limits = np.iinfo(kind)
-    if n and (int(values.min()) < limits.min or int(values.max()) > limits.max):
+    if n and values.dtype != kind and (int(values.min()) < limits.min or int(values.max()) > limits.max):
         raise ValueError(f"{name} reach from {values.min()} to {values.max()}, which does not fit {kind}")
-    return values.astype(kind)
+    return values.astype(kind, copy=False)

@@ -1,4 +1,5 @@
-// Tests of csrc/ without Python, to be built with sanitizers. `native_test [PART]` runs those whose names hold PART.
+// Tests of csrc/ without Python, to be built with sanitizers. `native_test [PART]` runs those whose names hold PART;
+// `native_test PART FAULT` first makes a mistake that must be noticed.
 //
 // The memory of a Pool comes from mmap: AddressSanitizer does not see a row written behind its end. The tests compare
 // every byte of every row instead, and rows that spill over spoil the neighbouring slot.
@@ -7,7 +8,10 @@
 #include <cstdint>
 #include <limits>
 #include <new>
+#include <string>
 #include <system_error>
+#include <thread>
+#include <vector>
 
 #include "check.hpp"
 #include "crc32c.hpp"
@@ -157,4 +161,29 @@ TEST(statistics_of_any_shape) {
     }
 }
 
-int main(int argc, char** argv) { return run_tests(argc > 1 ? argv[1] : ""); }
+namespace {
+
+// One fault of each kind on purpose: whoever looks for it must find it.
+void go_wrong(const std::string& how) {
+    volatile std::size_t n = 10;
+    if (how == "check") {
+        CHECK_EQUAL(n, 11u);
+    } else if (how == "address") {
+        const std::vector<std::uint64_t> values(n);
+        n = values.data()[n];
+    } else if (how == "undefined") {
+        n = 1 << (n + 30);
+    } else if (how == "thread") {
+        std::size_t shared = 0;
+        std::thread other([&] { ++shared; });
+        ++shared;
+        other.join();
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc > 2) go_wrong(argv[2]);
+    return run_tests(argc > 1 ? argv[1] : "");
+}

@@ -133,5 +133,8 @@ def test_impossible_orders_are_refused() -> None:
     for bad in [(0, 0, 32, 64), (2**62 + 1, 0, 1, 1), (10, 0, 0, 1), (10, 0, 32, 31), (10, 0, 1, 1, 2, 2)]:
         with pytest.raises(ValueError, match=r"must be|less than"):
             _native.BlockOrder(*bad)
+    for without in (_native.BlockOrder(5, 0, 1, 1), _native.BlockOrder(5, 0, 32, 32, 1, 2)):
+        with pytest.raises(ValueError, match="there are no windows"):
+            without.left_in_window(0)
     with pytest.raises(ValueError, match="rank 6 has no rows"):
         _native.BlockOrder(5, 0, 1, 1, 6, 7).rows(0, 1)

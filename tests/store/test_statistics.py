@@ -49,16 +49,16 @@ def test_a_large_mean_does_not_cancel() -> None:
     np.testing.assert_allclose(found.variance, x.double().numpy().var(axis=0).sum(axis=1), rtol=1e-9)
 
 
-def test_state_comes_back_bit_for_bit_and_a_copy_stands_alone() -> None:
+def test_state_comes_back_bit_for_bit() -> None:
     x = rows(100, 7, torch.bfloat16)
     one = RunningStats(2, 7)
     one.add(x[:50])
     state = one.to_bytes()
-    two, copy = RunningStats.from_bytes(state, 2, 7), one.copy()
-    assert two.to_bytes() == copy.to_bytes() == state
+    two = RunningStats.from_bytes(state, 2, 7)
+    assert two.to_bytes() == state
     for stats in (one, two):
         stats.add(x[50:])
-    assert one.to_bytes() == two.to_bytes() != copy.to_bytes() == state
+    assert one.to_bytes() == two.to_bytes() != state
     assert one.result() == two.result()
 
 
