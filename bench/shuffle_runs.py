@@ -123,12 +123,12 @@ def warm_pairs(case: Case, data: Data, n_pairs: int, seconds: float) -> tuple[li
 def disk_pairs(
     case: Case, data: Data, n_pairs: int, seconds: float, n_batches: int, before: Callable[[Contestant], None]
 ) -> tuple[list[Run], list[Run]]:
-    """Interleaved runs that each open the file anew; `before` runs last before the clock."""
+    """Interleaved runs that each open the file anew; `before` runs before that."""
     runs: tuple[list[Run], list[Run]] = ([], [])
     for number in range(1, n_pairs + 1):
         for side, found in ((case.ours, runs[0]), (case.rival, runs[1])):
+            before(side)  # not in the session, where a thread may read ahead already
             with side.session(data) as session:
-                before(side)
                 found.append(timed(session, number, n_batches, seconds if side.sampled else math.inf))
     return runs
 
