@@ -171,7 +171,10 @@ class Batch {
  public:
     Batch(std::shared_ptr<Stream> stream, fastdiff::Prefetcher::View view, std::size_t row_bytes)
         : stream_(std::move(stream)), view_(view), n_bytes_(view.n_rows * row_bytes) {}
-    ~Batch() { stream_->prefetcher->release(view_.slot); }
+    ~Batch() {
+        // in a forked child a thread that is not there may hold the lock
+        if (!stream_->forked()) stream_->prefetcher->release(view_.slot);
+    }
     Batch(const Batch&) = delete;
     Batch& operator=(const Batch&) = delete;
 

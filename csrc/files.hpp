@@ -26,7 +26,8 @@ class Files {
 // Why rows cannot be read past the page cache (O_DIRECT), or nothing if they can.
 std::optional<std::string> why_not_direct(const std::vector<Extent>& extents, std::size_t row_bytes);
 
-// Share of 64 rows, spread over the store, that the page cache holds. Nothing is read for it.
+// Share of 64 rows, spread over the store, that the page cache holds; 0 of files of others, of which the kernel does
+// not say. Nothing is read for it.
 double cached_share(const std::vector<Extent>& extents, std::size_t row_bytes);
 
 }  // namespace fastdiff

@@ -11,7 +11,7 @@
 //                    these, π = Permutation(m, seed + (w·R + r)·0x9E3779B97F4A7C15, e)
 //
 // P is the size of the pool in rows. A window holds at most P rows and, unless the epoch is one window, about P/2 or
-// more. One window is an exact shuffle of all rows, the same as the exact order gives.
+// more. One window is an exact shuffle of all rows, for a single rank the one of the exact order.
 //
 // Rank r of R takes entries (exact order: positions) j = r, r + R, r + 2R, … and forms its windows of those alone: over
 // an epoch the ranks are disjoint and together take every row once. Epochs of a rank differ by less than b rows, by

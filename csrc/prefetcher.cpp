@@ -112,7 +112,9 @@ void Prefetcher::requests(const Slot& slot, std::uint64_t task, std::vector<Requ
 
 void Prefetcher::read(const std::vector<Request>& wanted, std::byte* to, std::vector<std::byte>& buffer) const {
     const std::size_t row_bytes = reader_.row_bytes();
-    const std::size_t most = options_.in_place ? wanted.size() : std::max<std::size_t>(kBufferBytes / row_bytes, 1);
+    std::size_t most = options_.in_place ? wanted.size() : std::max<std::size_t>(kBufferBytes / row_bytes, 1);
+    // whole blocks of the checksums: each part of one would read all of it
+    if (reader_.checks()) most = std::max<std::size_t>(most / kCrcRows, 1) * kCrcRows;
     if (!options_.in_place) buffer.resize(std::min(most, wanted.size()) * row_bytes);
     std::byte* there = options_.in_place ? to : buffer.data();
     std::vector<Request> part;

@@ -86,6 +86,7 @@ class RowReader {
     // Check each row against the checksum of its 32 rows from now on: the files must cover all rows, and the checksums
     // outlive the reader. All 32 rows are read for one.
     void check(std::vector<FileCrc> files) { files_ = std::move(files); }
+    bool checks() const { return !files_.empty(); }
 
     // Reads the requests, which must be ascending in `row`; neighbouring rows with one call. Rows may repeat.
     // Throws ReadError, CorruptRows; std::out_of_range, before anything is read, for a row that no extent holds.

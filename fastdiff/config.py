@@ -114,7 +114,10 @@ class TrainConfig(StageConfig):
         description="Order of the rows: blocks of 32 mixed in a pool, as fast as the disk; or every row on its own.",
     )
     pool_gb: float = Field(
-        0, ge=0, description="Memory of that pool; 0 is what a good shuffle needs, at most a quarter of the memory."
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Most memory of that pool; 0 is what a good shuffle needs, at most a quarter of the memory.",
     )
     check_reads: bool = Field(False, description="Check every row against the store's checksums while training.")
     holdout: float = Field(0.01, ge=0, lt=1, description="Last share of documents, kept for evaluation.")

@@ -148,3 +148,9 @@ def test_a_refusal_is_one_short_line(model, values, message):
     with pytest.raises(OptionError, match=message) as error:
         validated(model, values)
     assert len(str(error.value)) < 160 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_a_pool_has_a_finite_size(value):
+    with pytest.raises(OptionError, match="--pool-gb"):
+        validated(TrainConfig, {"pool_gb": value})

@@ -4,7 +4,8 @@
         model.safetensors        W_enc [F, M, D], b_enc [F], W_dec [F, M, D], b_dec [M, D], threshold [F],
                                  input_mean [M, D], input_scale [M]; all float32
         config.json              {"schema": 1, "format": "fastdiff-crosscoder", "dict_size", "n_models", "d_model",
-                                  "activation", "k", "models", "train", "store_sha256", "n_train", "steps"}
+                                  "activation", "k", "models", "train", "store_sha256", "n_train",
+                                  "pool_rows", "steps"}
         checkpoints/step-000500/ model.safetensors, optimizer.safetensors, state.json
 
 `threshold` is one value repeated for batchtopk (compared with f·Σ‖W_dec‖), and per latent for jumprelu (compared

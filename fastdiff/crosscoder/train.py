@@ -164,7 +164,7 @@ def _shuffler(
         rows=None if isinstance(rows, int) else rows,
         mode=config.shuffle,
         pool_rows=pool_rows,
-        memory_bytes=round(config.pool_gb * 1e9) or None,
+        memory_bytes=max(1, round(config.pool_gb * 1e9)) if config.pool_gb else None,
         check_finite=True,
         check_crc=config.check_reads,
     )
@@ -242,8 +242,9 @@ def _evaluation_batches(store: ActivationStore, config: TrainConfig) -> Iterator
     if usable is not None:
         rows = np.intersect1d(rows, usable)
     rows = rows[:_EVALUATION_ROWS].astype(np.int64)
+    crc = store.crc32c() if config.check_reads else None
     for begin in range(0, len(rows), config.batch_size):
-        yield store.rows(rows[begin : begin + config.batch_size])
+        yield store.rows(rows[begin : begin + config.batch_size], crc=crc)
 
 
 def _report(quality: Quality, rows_name: str, progress: Progress) -> None:

@@ -120,18 +120,21 @@ class ActivationStore:
             self._sha256 = hashes[0] if len(hashes) == 1 else sha256_text(" ".join(hashes))
         return self._sha256
 
-    def rows(self, rows: NDArray[np.int64], *, n_threads: int = 2) -> Tensor:
+    def rows(
+        self, rows: NDArray[np.int64], *, n_threads: int = 2, crc: list[NDArray[np.uint32]] | None = None
+    ) -> Tensor:
         """Read rows.
 
         Args:
             rows: (n,) row numbers in [0, N), in any order, repeats allowed.
             n_threads: Threads that read.
+            crc: What `crc32c` gave, to check the rows against; not for a store that is `slow`.
 
         Returns:
             [n, M, D] in the stored type.
 
         Raises:
-            InputError: A file is shorter than it was, or cannot be read.
+            InputError: A file is shorter than it was, or cannot be read, or rows are not what was written.
             IndexError: A row number is outside [0, N).
         """
         if not self._close.alive:
@@ -153,8 +156,9 @@ class ActivationStore:
                 rows,
                 out.view(torch.uint8).numpy(),
                 n_threads=n_threads,
+                crc=None if crc is None else (crc, self.first_rows),
             )
-        except _native.ReadError as error:
+        except (_native.ReadError, _native.CorruptRows) as error:
             raise self.explained(error) from error
         return out
 

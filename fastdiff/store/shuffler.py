@@ -71,8 +71,8 @@ class Shuffler:
         world_size: … of how many. The parts are disjoint and cover the epoch.
         direct: Read past the page cache (O_DIRECT); by default if the store neither lies in it nor fits it.
         check_finite: Refuse rows that hold NaN or infinity.
-        check_crc: Check the rows against the store's checksums. Costs nothing much in block mode with 32 rows; in
-            exact mode 32 rows are read for each one.
+        check_crc: Check the rows against the store's checksums. All 32 rows of a checksum are read for one: nothing
+            more in block mode with blocks of 32 and shards of a multiple of 32 rows, 32 times as much in exact mode.
 
     Attributes:
         n_rows: n.
@@ -133,11 +133,11 @@ class Shuffler:
             raise InputError(f"{store.path}: {n_rows} rows are too few for {world_size} ranks; use fewer")
         # with windows smaller than a batch, one batch that is held could keep the next from coming: then all are copies
         self._views = self.mode == "exact" or self._order.smallest_window >= batch_size
-        if check_crc and store.slow:
-            raise OptionError(f"{store.slow}: cannot be checked while it is read; run `fastdiff verify` instead")
         self._crc = store.crc32c() if check_crc else None
         if check_crc and self._crc is None:
-            raise OptionError(f"{store.path}: has no checksums to check; extract it again, or do not ask for it")
+            raise OptionError(f"{store.path}: has no checksums to check; `fastdiff import` it, or do not check reads")
+        if check_crc and store.slow:
+            raise OptionError(f"{store.slow}: cannot be checked while it is read; run `fastdiff verify` instead")
         self._finite = check_finite
         self.direct = False if store.slow else self._choose_direct(direct)
         self._n_threads = n_threads or _THREADS
@@ -218,6 +218,12 @@ class Shuffler:
     @contextmanager
     def _opened(self, start: int, stop: int) -> Iterator[RowStream]:
         position, count = start * self.batch_size, (stop - start) * self.batch_size
+        free = memory_available()
+        if self.pool_bytes > free:  # the kernel would end the process without a word
+            raise ResourceError(
+                f"the shuffle's pool takes {self.pool_bytes / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free; "
+                "lower --pool-gb"
+            )
         with self._explained():
             source: RowStream = self._hdf5(position, count) if self._store.slow else self._pooled(position, count)
         try:
@@ -276,7 +282,7 @@ class Shuffler:
             first = source.take(self.batch_size - filled)
 
     def _finite_rows(self, numbers: NDArray[np.int64]) -> Tensor:
-        rows = self._store.rows(numbers)
+        rows = self._store.rows(numbers, crc=self._crc)
         if self._finite:
             name = str(rows.dtype).removeprefix("torch.")
             bad = _native.first_nonfinite_row(rows.flatten(1).view(torch.uint8).numpy(), name)
@@ -296,12 +302,14 @@ class Shuffler:
         fitting = limit // (_BLOCK_SLOTS * self._row_bytes) // block * block
         if fitting < block:
             least = _BLOCK_SLOTS * block * self._row_bytes
-            raise OptionError(f"{limit:,} bytes of memory for the shuffle: two blocks need {least:,}")
+            raise OptionError(f"{limit:,} bytes of memory for the shuffle: two blocks need {least:,}; raise --pool-gb")
         if wanted is not None:
             if wanted < block:
                 raise OptionError(f"a pool of {wanted} rows is less than a block of {block}; make it larger")
             if memory_bytes is not None and wanted > fitting:
-                raise OptionError(f"a pool of {wanted:,} rows needs more than {memory_bytes:,} bytes of memory")
+                raise OptionError(
+                    f"a pool of {wanted:,} rows needs more than {memory_bytes:,} bytes of memory; raise --pool-gb"
+                )
             return wanted
         # the epoch is cut into windows of equal size, none smaller than the law asks for
         needed = max(block, math.ceil(DESIGN_RHO * self.batch_size * (block - 1) / _DESIGN_EXCESS))
@@ -329,7 +337,7 @@ class Shuffler:
             yield
         except MemoryError as error:
             raise ResourceError(
-                f"no memory for a shuffle pool of {self.pool_bytes / 1e9:.3g} GB; make it smaller"
+                f"no memory for a shuffle pool of {self.pool_bytes / 1e9:.3g} GB; lower --pool-gb"
             ) from error
         except (_native.ReadError, _native.CorruptRows, _native.NonFiniteRow) as error:
             raise self._store.explained(error) from error

@@ -226,3 +226,36 @@ def test_a_full_disk_is_a_resource_error(tmp_path, monkeypatch):
     monkeypatch.setattr("fastdiff.crosscoder.checkpoint.save_file", full)
     with pytest.raises(ResourceError, match="no space left"):
         stage.train(store, tmp_path / "run", config())
+
+
+def test_checked_reads_reach_training_and_held_out_rows(tmp_path):
+    import h5py
+
+    for row in (3, 1190):  # in the first document, and in one of the last
+        store = make_store(tmp_path / f"acts-{row}")
+        stage.train(store, tmp_path / f"sound-{row}", config(check_reads=True, holdout=0.1))
+        with h5py.File(store / f"shard-0000{row // 500}.h5", "r+") as f:
+            f["activations"][row % 500, 1, 2] += 1
+        with pytest.raises(InputError, match="are not what was written"):
+            stage.train(store, tmp_path / f"spoilt-{row}", config(check_reads=True, holdout=0.1))
+        stage.train(store, tmp_path / f"unchecked-{row}", config(holdout=0.1))
+
+
+def test_the_shuffle_of_a_resumed_run_is_the_one_it_began_with(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "acts")
+    small = config(pool_gb=1e-5, k_start=8, k_anneal_steps=10)  # 10 kB: windows of 96 rows
+    stage.train(store, tmp_path / "whole", small)
+    assert "pool_rows" in (tmp_path / "whole" / "crosscoder" / "seed-0" / "config.json").read_text()
+    saved = stage.save_checkpoint
+
+    def die(*args):
+        saved(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "save_checkpoint", die)
+        stage.train(store, tmp_path / "cut", small)
+    # what would fit now does not matter
+    monkeypatch.setattr("fastdiff.store.shuffler.default_memory", lambda: 10**6)
+    stage.train(store, tmp_path / "cut", small)
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")

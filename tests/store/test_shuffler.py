@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdiff import _native
-from fastdiff.errors import InputError, OptionError
+from fastdiff.errors import InputError, OptionError, ResourceError
 from fastdiff.store import shuffler as shuffler_module
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.shuffler import Shuffler
@@ -326,7 +326,7 @@ with ActivationStore(Path(sys.argv[1])) as store:
     assert pool == 2 * 2016 * 4, pool
     # 16 threads with 288 kB each, and a batch between two windows, take some; an epoch is 80,000 kB
     assert seen[-1] - before < pool + 13000, (before, seen[-1], pool)
-    assert seen[-1] - seen[3] < 1000, (seen[3], seen[-1])
+    assert seen[-1] - seen[3] < 3000, (seen[3], seen[-1])
 """
     subprocess.run([sys.executable, "-P", "-c", script, tmp_path], check=True, timeout=60)
 
@@ -356,6 +356,9 @@ def test_a_flipped_bit_is_found_when_reads_are_checked(tmp_path: Path, mode: str
         with pytest.raises(InputError, match="CRC-32C"):
             rows = np.array([145], np.int64)
             next(Shuffler(store, batch_size=1, seed=0, rows=rows, mode=mode, check_crc=True).stream(0, 1))
+        shuffler = Shuffler(store, batch_size=300, seed=0, mode=mode, check_crc=True)
+        with pytest.raises(InputError, match="CRC-32C"):
+            shuffler.batch(0)
         for batch in Shuffler(store, batch_size=20, seed=0, mode=mode).stream(0, 15):
             del batch  # unchecked, it goes unnoticed: the check is what finds it
 
@@ -459,6 +462,36 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path, mode: str) -> Non
         with pytest.raises(InputError, match=r"shard-00001.h5: truncated"):
             for batch in stream:
                 del batch
+
+
+def test_checked_reads_of_any_width_read_no_row_twice(tmp_path: Path) -> None:
+    write(tmp_path, 4096, shard_rows=4096, d_model=1001)  # 36 rows fit the buffer, not a multiple of 32
+
+    def read(check_crc: bool) -> int:
+        with ActivationStore(tmp_path) as store:
+            shuffler = Shuffler(store, batch_size=64, seed=0, pool_rows=4096, check_crc=check_crc, direct=False)
+            stream = shuffler.stream(0, 64)
+            before = bytes_read()
+            for batch in stream:
+                del batch
+            return bytes_read() - before
+
+    assert read(True) < 1.1 * read(False)
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar
+
+
+def test_a_pool_that_is_larger_than_what_is_free_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 64, shard_rows=64)
+    with ActivationStore(tmp_path) as store:
+        shuffler = Shuffler(store, batch_size=8, seed=0)
+        monkeypatch.setattr(shuffler_module, "memory_available", lambda: shuffler.pool_bytes - 1)
+        with pytest.raises(ResourceError, match="are free; lower --pool-gb"):
+            next(shuffler.stream(0, 4))
 
 
 def test_impossible_options_are_refused(tmp_path: Path) -> None:
