@@ -442,7 +442,7 @@ def verify(path: Path, quick: bool, threads: int, as_json: bool, quiet: bool, pr
     from fastdiff.store.verify_run import is_run, verify_run
 
     if is_run(path):
-        found = verify_run(path)
+        found = verify_run(path, quick=quick, n_threads=threads, progress=_progress(progress_mode, quiet))
     else:
         found = verify_store(path, quick=quick, n_threads=threads, progress=_progress(progress_mode, quiet))
     facts = {"problems": found.problems, "n_problems": found.n_problems, "notes": found.notes, **found.facts}

@@ -10,6 +10,7 @@ Nothing is unpickled but plain tensors (`torch.load(weights_only=True)`).
 """
 
 import json
+import os
 import pickle
 import struct
 import tokenize
@@ -28,7 +29,7 @@ from torch import Tensor
 from fastdiff.errors import InputError, OptionError
 from fastdiff.run import read_json
 from fastdiff.store.format import STORE_FILE, dtype_name
-from fastdiff.store.index import BITS, HDF5_ERRORS, memory_type, open_hdf5
+from fastdiff.store.index import BITS, HDF5_ERRORS, memory_type, open_data_set, open_hdf5
 from fastdiff.store.written import check_written
 
 # columns that mean the same in every file; roles and sources are indices into a list that is not in it
@@ -129,7 +130,7 @@ class Hdf5DataSet:
         """Rows [start, stop)."""
         with open_hdf5(self.path) as file:
             try:
-                data_set = file[self.name].id
+                data_set = open_data_set(self.path, file, self.name).id
                 kind = data_set.get_type()
                 shape = (stop - start, *data_set.shape[1:])
                 space = data_set.get_space()
@@ -191,6 +192,8 @@ def open_source(text: str, *, name: str | None = None, bits: str | None = None) 
     if not path.exists() and ":" in text:
         head, _, tail = text.rpartition(":")
         path, name = Path(head), tail or name
+        if path.is_dir() or path.suffix == ".npy":
+            raise OptionError(f"{text}: {path} holds one array, so :{tail} names nothing; leave it out")
     if not path.exists():
         raise InputError(f"{path}: no such file or directory")
     try:
@@ -382,13 +385,22 @@ def _open_hdf5(text: str, path: Path, name: str, bits: str | None) -> Source:
             kind = data_set.id.get_type()
             dtype = dtype_name(memory_type(kind)) or _float_name(path, data_set.dtype, bits, f"/{name}")
             check_written(path, data_set)
+            # their bytes are part of what is imported
+            outside = _outside(path, data_set)
             columns = {}
             for column in PLAIN_COLUMNS:
                 values = file.get(column)
                 if isinstance(values, h5py.Dataset) and values.shape == sides[:1] and values.dtype.kind in "iu":
                     check_written(path, values)
-                    columns[column] = values[:].astype(np.int64)
+                    outside += _outside(path, values)
+                    del values
+                    columns[column] = open_data_set(path, file, column)[:].astype(np.int64)
         except HDF5_ERRORS as error:
             raise InputError(f"{path}: damaged ({error}); copy it again") from error
     title = path.stem if name == "activations" else name.rpartition("/")[2]
-    return Source(text, title, [path], [Hdf5DataSet(path, name, *sides, dtype)], columns)
+    return Source(text, title, [path, *outside], [Hdf5DataSet(path, name, *sides, dtype)], columns)
+
+
+def _outside(path: Path, data_set: h5py.Dataset) -> list[Path]:
+    """External files that hold the values of a data set."""
+    return [path.parent / os.fsdecode(name) for name, *_ in data_set.external or ()]

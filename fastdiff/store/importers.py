@@ -4,6 +4,7 @@ Rows are copied in blocks, so memory does not grow with the sources, and no valu
 for. The store says of every file it was made from what its sha256 was.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
 from fastdiff.run import sha256_file, versions
+from fastdiff.store.directory import disk_errors, lock_directory
 from fastdiff.store.format import COLUMNS, STORE_FILE, DtypeName
 from fastdiff.store.import_sources import Source, open_source, read_integers
 from fastdiff.store.journal import JOURNAL
 from fastdiff.store.reader import ActivationStore
+from fastdiff.store.verify_columns import torn_sequence
 from fastdiff.store.writer import StoreWriter
 
 # read, converted and written at a time; a resumed import must append the same blocks
@@ -109,10 +112,13 @@ def import_store(
                 stop = min(n_rows, start + block)
                 parts = [source.read(start, stop) for source in sources]
                 kind = parts[0].dtype if len({part.dtype for part in parts}) == 1 else torch.float64
-                writer.append(
-                    torch.cat([part.to(kind) for part in parts], dim=1),
-                    **{name: values[start:stop] for name, values in columns.items()},
-                )
+                rows = torch.cat([part.to(kind) for part in parts], dim=1)
+                try:
+                    writer.append(rows, **{name: values[start:stop] for name, values in columns.items()})
+                except InputError:
+                    # no import of these files can come past a value that is not finite
+                    writer.discard()
+                    raise
                 task.advance(stop - start)
     return out
 
@@ -186,6 +192,12 @@ def _columns(sources: Sequence[Source], options: ImportOptions, n_rows: int) -> 
         columns["roles"] = np.where(is_bos, 0, 1)
         if "sequence_ids" not in columns:
             columns["sequence_ids"] = np.cumsum(is_bos)
+    if "sequence_ids" in said_by:
+        ids = columns["sequence_ids"]
+        begins = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
+        torn = torn_sequence(ids[begins], begins)
+        if torn is not None:
+            raise InputError(f"{said_by['sequence_ids']}: {torn}")
     return columns
 
 
@@ -251,19 +263,28 @@ def _names(sources: Sequence[Source], n_models: int) -> Iterator[str]:
 
 
 def _is_complete(out: Path, meta: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Whether `out` already holds the store; changes nothing.
+    """Whether `out` already holds the store. Of a complete one, a journal left by a kill is removed.
 
     Raises:
         OptionError: `out` holds something that may not be replaced.
         InputError: `out` holds a damaged store.
+        LockedError: Another process is about to finish or replace the store.
     """
     if overwrite or not out.is_dir():
         return False
     if not (out / STORE_FILE).exists():
         begun = {".lock", JOURNAL, f".{JOURNAL}.tmp", f".{STORE_FILE}.tmp"}
+        # a writer names a shard so only once the journal is there: without it, the file is somebody's own
+        journaled = (out / JOURNAL).exists()
         for path in sorted(out.iterdir()):
-            if path.name not in begun and not path.match("shard-*.h5") and not path.match(".shard-*.h5.tmp"):
-                raise OptionError(f"{out}: holds {path.name} but no store; choose an empty directory for -o")
+            is_shard = path.match("shard-*.h5")
+            ours = path.name in begun or path.match(".shard-*.h5.tmp") or (is_shard and journaled)
+            if not ours:
+                fate = "deletes" if is_shard else "leaves"
+                raise OptionError(
+                    f"{out}: holds {path.name} but no store; choose an empty directory for -o, "
+                    f"or --overwrite, which {fate} that file"
+                )
         return False
     if not resume:
         raise OptionError(f"{out}: holds a store; --overwrite replaces it")
@@ -273,4 +294,18 @@ def _is_complete(out: Path, meta: dict[str, Any], *, resume: bool, overwrite: bo
                 f"{out}: holds a store made from other sources or with other options; choose another -o, "
                 "or --overwrite to replace it"
             )
+    if (out / JOURNAL).exists():
+        _end_journal(out)
     return True
+
+
+def _end_journal(out: Path) -> None:
+    """Remove what a writer leaves that is killed behind its last step but one."""
+    with disk_errors(out, 0):
+        lock = lock_directory(out)
+        try:
+            # a writer that was here until now may have begun another store
+            if (out / STORE_FILE).exists():
+                (out / JOURNAL).unlink(missing_ok=True)
+        finally:
+            os.close(lock)

@@ -112,20 +112,31 @@ def index_shard(path: Path, told: DtypeName | None = None) -> ShardIndex:
 
 
 def open_activations(path: Path, file: h5py.File) -> h5py.Dataset:
-    """The data set `/activations`, with a chunk cache that holds all chunks of one band of rows.
+    """The data set `/activations`, as `open_data_set` opens it.
 
     Raises:
         InputError: There is none.
     """
-    return h5py.Dataset(h5py.h5d.open(file.id, b"activations", _access(path, file)))
+    return open_data_set(path, file, "activations")
 
 
-def _access(path: Path, file: h5py.File) -> h5py.h5p.PropDAID:
+def open_data_set(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+    """A data set that finds external files beside `path`, and whose chunk cache holds one band of rows.
+
+    The data set must not be open already: HDF5 would keep the properties of the first opening.
+
+    Raises:
+        InputError: There is none.
+    """
+    return h5py.Dataset(h5py.h5d.open(file.id, name.encode(), _access(path, file, name)))
+
+
+def _access(path: Path, file: h5py.File, name: str) -> h5py.h5p.PropDAID:
     # what this opens is closed when it returns, else the next opening would not take the properties
-    data_set = file.get("activations")
+    data_set = file.get(name)
     if not isinstance(data_set, h5py.Dataset):
         found = ", ".join(sorted(file)) or "nothing"
-        raise InputError(f"{path}: no data set /activations (found: {found}); extract it again or name it so")
+        raise InputError(f"{path}: no data set /{name} (found: {found}); extract it again or name it so")
     access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
     if data_set.external:
         # else the file is looked for where the process happens to be

@@ -16,7 +16,7 @@ from fastdiff.store.format import STORE_FILE, VOCABULARY_FILE, StoreMeta, crc_bl
 from fastdiff.store.index import HDF5_ERRORS, ShardIndex, index_shard, open_hdf5
 from fastdiff.store.parts import disagreements, find_parts, unnamed_shards
 from fastdiff.store.verify_columns import ColumnCheck
-from fastdiff.store.verify_rows import check_rows
+from fastdiff.store.verify_rows import Moments, check_rows
 
 # problems beyond these are only counted
 _KEPT = 200
@@ -52,6 +52,14 @@ class Findings:
     def note(self, text: str) -> None:
         """Add what could not be verified."""
         self.notes.append(_printable(text))
+
+    def merge(self, other: "Findings") -> None:
+        """Add what another check of the same path has found."""
+        self.n_problems += other.n_problems
+        self.problems = [*self.problems, *other.problems][:_KEPT]
+        self.notes += other.notes
+        self.facts |= other.facts
+        self.text = "; ".join(text for text in (self.text, other.text) if text)
 
     def summary(self) -> list[str]:
         """The findings, a line each."""
@@ -95,8 +103,10 @@ def verify_store(path: Path, *, quick: bool = False, n_threads: int = 2, progres
     found.text = f"{n_rows:,} rows of {shards[0].n_models} × {shards[0].d_model} {shards[0].dtype}, {_size(n_bytes)}"
     if quick:
         found.note(f"{path}: /activations not read (--quick)")
+        if told.stats is not None:
+            found.note(f"{path}: statistics in {STORE_FILE} not checked (--quick)")
     else:
-        n_nonfinite = _check_rows(shards, found, n_threads, progress)
+        n_nonfinite = _check_rows(path, told, shards, found, n_threads, progress)
         found.facts |= {"blocks": n_blocks, "nonfinite_rows": n_nonfinite}
         found.text += f"; {n_blocks:,} blocks checked, {n_nonfinite} rows with NaN or infinity"
     return found
@@ -191,21 +201,44 @@ def _check_columns(path: Path, meta: StoreMeta, shards: Sequence[ShardIndex], fo
             found.add(f"{path}: {problem}")
 
 
-def _check_rows(shards: Sequence[ShardIndex], found: Findings, n_threads: int, progress: Progress) -> int:
+def _check_rows(
+    path: Path, meta: StoreMeta, shards: Sequence[ShardIndex], found: Findings, n_threads: int, progress: Progress
+) -> int:
     n_nonfinite = 0
+    # statistics of rows that are damaged or not all there cannot fit, so they are no second problem
+    moments = Moments(shards[0].n_models, shards[0].d_model) if meta.stats and not found.n_problems else None
     n_rows = sum(shard.n_rows for shard in shards)
     with progress.task("verify", n_rows, "rows") as task:
         for shard in shards:
             sums = _checksums(shard, found)
             try:
-                result = check_rows(shard, sums, n_threads, task.advance)
+                usable = None if moments is None else _usable(meta, shard)
+                result = check_rows(shard, sums, n_threads, task.advance, usable, moments)
             except InputError as error:
                 found.add(str(error))
                 continue
             n_nonfinite += result.n_nonfinite
             for problem in result.problems():
                 found.add(f"{shard.path}: {problem}")
+    if meta.stats is not None and moments is not None and not found.n_problems:
+        for name in moments.differences(meta.stats):
+            found.add(
+                f"{path}: {name} in the stats of {STORE_FILE} is not that of the rows; "
+                "remove the stats there, and they are computed"
+            )
     return n_nonfinite
+
+
+def _usable(meta: StoreMeta, shard: ShardIndex) -> NDArray[np.bool_]:
+    """Rows that statistics are over."""
+    if not meta.roles or "bos" not in meta.roles or "roles" not in shard.columns:
+        return np.broadcast_to(np.True_, shard.n_rows)
+    with open_hdf5(shard.path) as file:
+        try:
+            usable: NDArray[np.bool_] = file["roles"][:] != meta.roles.index("bos")
+        except HDF5_ERRORS as error:
+            raise InputError(f"{shard.path}: /roles cannot be read ({error}); copy or extract it again") from error
+    return usable
 
 
 def _checksums(shard: ShardIndex, found: Findings) -> NDArray[np.uint32] | None:

@@ -67,15 +67,9 @@ class ColumnCheck:
     def whole(self) -> Iterator[str]:
         """What is wrong once all shards have been seen."""
         if self._sequences:
-            ids, rows = np.concatenate(self._sequences), np.concatenate(self._sequence_rows)
-            _, first, counts = np.unique(ids, return_index=True, return_counts=True)
-            torn = np.sort(first[counts > 1])
-            if len(torn):
-                again = rows[np.flatnonzero(ids == ids[torn[0]])[1]]
-                yield (
-                    f"sequence {ids[torn[0]]} begins at row {rows[torn[0]]} and again at row {again} "
-                    f"({len(torn)} such sequences); the rows of a document must lie together"
-                )
+            torn = torn_sequence(np.concatenate(self._sequences), np.concatenate(self._sequence_rows))
+            if torn is not None:
+                yield torn
         usable = self._n_rows - self._n_bos
         if self._stats is not None and self._stats.n_rows != usable:
             yield (
@@ -111,6 +105,24 @@ class ColumnCheck:
         self._last_sequence = int(ids[-1])
         self._sequences.append(ids[begins])
         self._sequence_rows.append(begins + start + self._n_rows)
+
+
+def torn_sequence(ids: NDArray[np.integer], rows: NDArray[np.int64]) -> str | None:
+    """What is wrong if a document does not lie in one piece.
+
+    Args:
+        ids: (s,) the document of each piece.
+        rows: (s,) the row each piece begins at.
+    """
+    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    torn = np.sort(first[counts > 1])
+    if not len(torn):
+        return None
+    again = rows[np.flatnonzero(ids == ids[torn[0]])[1]]
+    return (
+        f"sequence {ids[torn[0]]} begins at row {rows[torn[0]]} and again at row {again} "
+        f"({len(torn)} such sequences); the rows of a document must lie together"
+    )
 
 
 def _pieces(data_set: h5py.Dataset) -> Iterator[tuple[int, NDArray[np.integer]]]:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from fastdiff import _native
 from fastdiff.errors import InputError
-from fastdiff.store.format import CRC_ROWS, TORCH_DTYPES
+from fastdiff.store.format import CRC_ROWS, TORCH_DTYPES, Stats
 from fastdiff.store.hdf5_rows import Hdf5Rows
 from fastdiff.store.index import BITS, ShardIndex
+from fastdiff.store.statistics import RunningStats
 
 # what one thread reads at a time; a block of 32 rows at least
 _PIECE_BYTES = 8 << 20
@@ -70,16 +71,56 @@ class RowFindings:
         self.n_nonfinite += piece.n_nonfinite
 
 
+class Moments:
+    """Statistics of rows, from those of their parts."""
+
+    def __init__(self, n_models: int, d_model: int):
+        self._n = 0
+        self._mean = np.zeros((n_models, d_model))
+        self._m2 = np.zeros(n_models)
+        self._norms = np.zeros(n_models)
+
+    def add(self, part: Stats) -> None:
+        """Count the rows of a part in."""
+        n = self._n + part.n_rows
+        apart = np.array(part.mean) - self._mean
+        self._mean += apart * (part.n_rows / n)
+        self._m2 += np.array(part.variance) * part.n_rows + (apart**2).sum(axis=1) * (self._n * part.n_rows / n)
+        self._norms += np.array(part.mean_norm) * part.n_rows
+        self._n = n
+
+    def differences(self, told: Stats) -> list[str]:
+        """Names of the statistics that are not those of the rows, to 1e-9 of the value or of its spread."""
+        if not self._n:
+            return []
+        variance = self._m2 / self._n
+        spread = np.sqrt(variance / self._mean.shape[1])[:, None]
+        # where all rows are nearly equal, the variance is what rounding leaves of the squares
+        rounding = 1e-15 * (self._mean**2).sum(axis=1)
+        fits = {
+            "mean": np.abs(np.array(told.mean) - self._mean) <= 1e-9 * (np.abs(self._mean) + spread),
+            "variance": np.abs(np.array(told.variance) - variance) <= 1e-9 * variance + rounding,
+            "mean_norm": np.abs(np.array(told.mean_norm) * self._n - self._norms) <= 1e-9 * self._norms,
+        }
+        return [name for name, fit in fits.items() if not fit.all()]
+
+
 @dataclass(frozen=True)
 class _Piece:
     bad_blocks: NDArray[np.int64]
     n_nonfinite: int
     first_nonfinite: int
     why: str | None = None
+    stats: Stats | None = None
 
 
 def check_rows(
-    shard: ShardIndex, sums: NDArray[np.uint32] | None, n_threads: int, advance: Callable[[int], object]
+    shard: ShardIndex,
+    sums: NDArray[np.uint32] | None,
+    n_threads: int,
+    advance: Callable[[int], object],
+    usable: NDArray[np.bool_] | None = None,
+    moments: Moments | None = None,
 ) -> RowFindings:
     """Read all rows of a shard once.
 
@@ -88,6 +129,8 @@ def check_rows(
         sums: (⌈n/32⌉,) its `/crc32c`, or None.
         n_threads: Threads that read and sum; HDF5 reads with one, whatever is asked.
         advance: Called with the number of rows that have been checked since the last call.
+        usable: (n,) rows that statistics are over, or None for no statistics.
+        moments: Where the statistics of those rows are added, of pieces that are finite.
     """
     block_bytes = CRC_ROWS * shard.row_bytes
     step = CRC_ROWS * max(1, _PIECE_BYTES // block_bytes)
@@ -95,7 +138,7 @@ def check_rows(
     with _reader(shard) as read, ThreadPoolExecutor(n_threads) as pool:
 
         def check(first: int) -> _Piece:
-            return _check_piece(shard, sums, read, first, min(first + step, shard.n_rows))
+            return _check_piece(shard, sums, read, first, min(first + step, shard.n_rows), usable)
 
         starts = range(0, shard.n_rows, step)
         # a few at a time: all pieces of a large shard at once would be a large list
@@ -104,11 +147,20 @@ def check_rows(
             for first, piece in zip(some, pool.map(check, some), strict=True):
                 end = min(first + step, shard.n_rows)
                 found._take(first, end, piece)
+                if moments is not None and piece.stats is not None:
+                    moments.add(piece.stats)
                 advance(end - first)
     return found
 
 
-def _check_piece(shard: ShardIndex, sums: NDArray[np.uint32] | None, read: Read, first: int, end: int) -> _Piece:
+def _check_piece(
+    shard: ShardIndex,
+    sums: NDArray[np.uint32] | None,
+    read: Read,
+    first: int,
+    end: int,
+    usable: NDArray[np.bool_] | None,
+) -> _Piece:
     data = np.empty((end - first, shard.row_bytes), np.uint8)
     none = np.empty(0, np.int64)
     try:
@@ -125,9 +177,17 @@ def _check_piece(shard: ShardIndex, sums: NDArray[np.uint32] | None, read: Read,
         bad = np.flatnonzero(got != sums[block : block + len(got)])
     row = _native.first_nonfinite_row(data, shard.dtype)
     if row < 0:
-        return _Piece(bad, 0, -1)
+        return _Piece(bad, 0, -1, stats=None if usable is None else _statistics(shard, data, usable[first:end]))
     values = torch.from_numpy(data[row:]).view(TORCH_DTYPES[shard.dtype])
     return _Piece(bad, int((~torch.isfinite(values)).any(dim=1).sum()), row)
+
+
+def _statistics(shard: ShardIndex, data: NDArray[np.uint8], usable: NDArray[np.bool_]) -> Stats | None:
+    running = RunningStats(shard.n_models, shard.d_model)
+    counted = data if usable.all() else data[usable]
+    if len(counted):
+        running.add(torch.from_numpy(counted).view(TORCH_DTYPES[shard.dtype]).view(-1, shard.n_models, shard.d_model))
+    return running.result()
 
 
 @contextmanager

@@ -7,12 +7,20 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fastdiff.errors import InputError
+from fastdiff.progress import SILENT, Progress
 from fastdiff.run import DONE, canonical_json, read_json, sha256_file, sha256_text
+from fastdiff.store.format import STORE_FILE
 from fastdiff.store.reader import ActivationStore
-from fastdiff.store.verify import Findings
+from fastdiff.store.verify import Findings, verify_store
 
-# crosscoder has a directory per seed
-_STAGES = ("crosscoder/seed-*", "analysis", "annotate", "compare", "report")
+# where each command's results are; train has a directory per seed
+_STAGES = {
+    "train": "crosscoder/seed-*",
+    "analyze": "analysis",
+    "annotate": "annotate",
+    "compare": "compare",
+    "report": "report",
+}
 
 
 class _Done(BaseModel):
@@ -24,22 +32,39 @@ class _Done(BaseModel):
 
 
 def is_run(path: Path) -> bool:
-    """True if a directory holds stages, and is no store."""
+    """True if a directory holds stages, or the manifest of some; it may be a store too."""
     return path.is_dir() and (any(_stages(path)) or (path / "manifest.json").exists())
 
 
-def verify_run(path: Path) -> Findings:
+def verify_run(path: Path, *, quick: bool = False, n_threads: int = 2, progress: Progress = SILENT) -> Findings:
     """Check a run directory: all outputs of its stages, and the identity of the store.
 
     Args:
-        path: The run.
+        path: The run. If it is a store too, that is checked first.
+        quick: As for `verify_store`.
+        n_threads: As for `verify_store`.
+        progress: Where to report.
 
     Returns:
         What was found; nothing is raised for a bad run.
     """
     found = Findings(path)
+    if (path / STORE_FILE).exists():
+        found.merge(verify_store(path, quick=quick, n_threads=n_threads, progress=progress))
+    found.merge(_verify_stages(path))
+    return found
+
+
+def _verify_stages(path: Path) -> Findings:
+    found = Findings(path)
     n_files = n_stages = 0
     stores = {}
+    recorded = _recorded(path, found)
+    for name in recorded or {}:
+        if name in _STAGES and not any(_directories(path, name)):
+            found.add(f"{path / _STAGES[name]}: gone, but manifest.json names it; run `fastdiff {name}` again")
+    if not recorded and not any(_stages(path)):
+        found.add(f"{path}: no stages in it; run `fastdiff train`, or copy the run again")
     for stage in _stages(path):
         done = _read_done(stage, found)
         if done is None:
@@ -53,17 +78,39 @@ def verify_run(path: Path) -> Findings:
                 found.add(f"{stage / name}: changed since it was written; run `fastdiff {done.stage}` again")
         if done.stage == "train" and "store" in done.inputs:
             stores[stage] = done.inputs["store"]
-    _check_store(path, stores, found)
+    if stores and recorded is not None:
+        _check_store(path, recorded, stores, found)
     found.facts |= {"stages": n_stages, "files": n_files}
     found.text = f"{n_files} files of {n_stages} stages"
     return found
 
 
 def _stages(path: Path) -> Iterator[Path]:
-    for pattern in _STAGES:
-        for directory in sorted(path.glob(pattern)):
-            if directory.is_dir():
-                yield directory
+    for name in _STAGES:
+        yield from _directories(path, name)
+
+
+def _directories(path: Path, stage: str) -> Iterator[Path]:
+    for directory in sorted(path.glob(_STAGES[stage])):
+        if directory.is_dir():
+            yield directory
+
+
+def _recorded(path: Path, found: Findings) -> dict[str, Any] | None:
+    """What the manifest says of each stage, or None if it cannot be read; nothing where only reports are."""
+    manifest = path / "manifest.json"
+    # a report is not recorded
+    if not manifest.exists() and not any(_directories(path, "train")):
+        return {}
+    try:
+        stages = read_json(manifest).get("stages")
+    except InputError as error:
+        found.add(str(error))
+        return None
+    if not isinstance(stages, dict):
+        found.add(f"{manifest}: does not say what was run; run `fastdiff train` again")
+        return None
+    return stages
 
 
 def _read_done(stage: Path, found: Findings) -> _Done | None:
@@ -89,16 +136,11 @@ def _read_done(stage: Path, found: Findings) -> _Done | None:
     return None
 
 
-def _check_store(path: Path, stores: dict[Path, str], found: Findings) -> None:
+def _check_store(path: Path, recorded: dict[str, Any], stores: dict[Path, str], found: Findings) -> None:
     """The store, if it is still where training found it, is the one that was trained on."""
-    if not stores:
-        return
     try:
-        where = Path(read_json(path / "manifest.json")["stages"]["train"]["store"])
-    except InputError as error:
-        found.add(str(error))
-        return
-    except (KeyError, TypeError, RecursionError):
+        where = Path(recorded["train"]["store"])
+    except (KeyError, TypeError):
         found.add(f"{path / 'manifest.json'}: does not say where the store is; run `fastdiff train` again")
         return
     if not where.exists():

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from fastdiff.cli import main
-from fastdiff.errors import FastdiffError, InputError, OptionError
+from fastdiff.errors import FastdiffError, InputError, LockedError, OptionError
 from fastdiff.store import importers
+from fastdiff.store.directory import lock_directory
 from fastdiff.store.format import bfloat16_type
 from fastdiff.store.importers import ImportOptions, import_store
 from fastdiff.store.reader import ActivationStore
@@ -405,6 +406,83 @@ def test_an_interrupted_import_continues_to_the_same_bytes(tmp_path: Path, monke
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
     }
+
+
+@pytest.mark.parametrize("name", ["shard-precious.h5", "shard-00007.h5"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_shard_that_no_writer_acknowledged_is_kept(tmp_path: Path, name: str, resume: bool) -> None:
+    np.save(tmp_path / "x.npy", rows(1, n_models=2).numpy())
+    out = tmp_path / "s"
+    out.mkdir()
+    (out / name).write_bytes(b"mine")
+    with pytest.raises(OptionError, match=rf"holds {name} but no store; .* or --overwrite, which deletes that file"):
+        import_store([str(tmp_path / "x.npy")], out, ImportOptions(), resume=resume)
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [(name, b"mine")]
+    import_store([str(tmp_path / "x.npy")], out, ImportOptions(), overwrite=True)
+    assert verify_store(out).problems == []
+
+
+def test_external_files_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids = rows(1, n_models=2).numpy(), np.arange(N)
+    (tmp_path / "rows.raw").write_bytes(x.tobytes())
+    (tmp_path / "ids.raw").write_bytes(ids.tobytes())
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("activations", x.shape, np.float32, external=[("rows.raw", 0, x.nbytes)])
+        file.create_dataset("token_ids", ids.shape, np.int64, external=[("ids.raw", 0, ids.nbytes)])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "rows.raw").write_bytes(bytes(x.nbytes))
+    (elsewhere / "ids.raw").write_bytes(bytes(ids.nbytes))
+    monkeypatch.chdir(elsewhere)
+    with make(tmp_path / "s", tmp_path / "a.h5") as store:
+        assert same(store, rows(1, n_models=2))
+        assert np.array_equal(store.column("token_ids"), ids)
+        (told,) = store.meta.datasets or []
+        assert {Path(file["file"]).name for file in told["files"]} == {"a.h5", "rows.raw", "ids.raw"}
+    (tmp_path / "rows.raw").write_bytes((-x).tobytes())
+    with pytest.raises(OptionError, match="made from other sources"):
+        import_store([str(tmp_path / "a.h5")], tmp_path / "s", ImportOptions())
+
+
+def test_nothing_is_left_of_sources_with_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = rows(3, n_models=2).numpy().copy()
+    bad[200, 1, 2] = np.nan
+    np.save(tmp_path / "nan.npy", bad)
+    monkeypatch.setattr("fastdiff.store.writer._COMMIT_BYTES", 1)
+    assert "row 200: activation is nan" in refusal(InputError, tmp_path / "s", tmp_path / "nan.npy")
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_the_journal_of_a_complete_store_is_removed(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", rows(1, n_models=2).numpy())
+    texts, out = [str(tmp_path / "x.npy")], tmp_path / "s"
+    import_store(texts, out, ImportOptions())
+    (out / ".journal").write_text("{}")
+    fd = lock_directory(out)
+    with pytest.raises(LockedError, match="another process is writing here"):
+        import_store(texts, out, ImportOptions())
+    assert (out / ".journal").exists()
+    os.close(fd)
+    import_store(texts, out, ImportOptions())
+    assert not (out / ".journal").exists() and verify_store(out).problems == []
+
+
+def test_documents_that_do_not_lie_together(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", rows(1, n_models=2).numpy())
+    np.save(tmp_path / "documents.npy", np.arange(N) // 10 % 20)
+    message = refusal(InputError, tmp_path / "s", tmp_path / "x.npy", sequence_ids=tmp_path / "documents.npy")
+    assert message == (
+        f"{tmp_path / 'documents.npy'}: sequence 0 begins at row 0 and again at row 200 (3 such sequences); "
+        "the rows of a document must lie together"
+    )
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_name_where_there_is_nothing_to_name(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", rows(1, n_models=2).numpy())
+    cache = write_cache(tmp_path / "base", rows(1))
+    for path in (tmp_path / "x.npy", cache):
+        assert "so :foo names nothing; leave it out" in refusal(OptionError, tmp_path / "s", f"{path}:foo")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,6 +271,40 @@ def test_a_store_being_written_is_not_called_abandoned(store: Path) -> None:
         os.close(fd)
 
 
+@pytest.mark.parametrize("piece_bytes", [1, 8 << 20])
+@pytest.mark.parametrize("name", ["mean", "variance", "mean_norm"])
+def test_statistics_are_those_of_the_rows(
+    store: Path, monkeypatch: pytest.MonkeyPatch, name: str, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(verify_rows, "_PIECE_BYTES", piece_bytes)
+    assert problems(store) == []
+    stats = json.loads((store / "store.json").read_text())["stats"]
+    by = 1 + 1e-7
+    changed = (
+        [[x * by for x in row] for row in stats[name]] if name == "mean" else [stats[name][0], stats[name][1] * by]
+    )
+    edit(store, stats=stats | {name: changed})
+    assert problems(store) == [
+        f"{store}: {name} in the stats of store.json is not that of the rows; "
+        "remove the stats there, and they are computed"
+    ]
+    quick = verify_store(store, quick=True)
+    assert quick.problems == [] and any("statistics in store.json not checked (--quick)" in n for n in quick.notes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_statistics_of_equal_and_of_large_rows_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    monkeypatch.setattr(verify_rows, "_PIECE_BYTES", 1)
+    x = torch.full((N, 2, D), 0.1)
+    x[:, 1] = 3e4 + torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    meta = {"models": ["a", "b"]}
+    with StoreWriter(
+        tmp_path / "s", n_rows=N, n_models=2, d_model=D, dtype=dtype, shard_rows=SHARD, meta=meta, columns=()
+    ) as writer:
+        writer.append(x)
+    assert problems(tmp_path / "s") == []
+
+
 def test_unfinished_store(store: Path) -> None:
     (store / "store.json").unlink()
     assert "no store.json, the store was not finished" in problems(store)[0]

@@ -1,12 +1,16 @@
+import json
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from fastdiff import run as rundir
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.verify_run import is_run, verify_run
+from fastdiff.store.writer import StoreWriter
 
 
 @pytest.fixture
@@ -92,3 +96,42 @@ def test_a_store_name_that_cannot_be_printed(run: Path) -> None:
     found = verify_run(run)
     assert found.problems == []
     assert found.notes == ["\\ud800: the store is no longer there, so it is not compared"]
+
+
+def test_a_stage_that_the_manifest_names_is_gone(run: Path) -> None:
+    rundir.record(run, "analyze", {"k": 1})
+    assert verify_run(run).problems == []
+    shutil.rmtree(run / "analysis")
+    assert verify_run(run).problems == [
+        f"{run}/analysis: gone, but manifest.json names it; run `fastdiff analyze` again"
+    ]
+    shutil.rmtree(run / "crosscoder")
+    assert [line.partition(": ")[0] for line in verify_run(run).problems] == [
+        f"{run}/crosscoder/seed-*",
+        f"{run}/analysis",
+    ]
+
+
+def test_a_run_without_stages(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema": 1, "stages": {}}')
+    assert is_run(tmp_path)
+    assert verify_run(tmp_path).problems == [
+        f"{tmp_path}: no stages in it; run `fastdiff train`, or copy the run again"
+    ]
+
+
+def test_a_store_with_a_run_in_it_is_checked_as_both(run: Path) -> None:
+    meta = {"models": ["a", "b"]}
+    with StoreWriter(
+        run, n_rows=40, n_models=2, d_model=3, dtype="float32", shard_rows=40, meta=meta, columns=()
+    ) as writer:
+        writer.append(torch.randn(40, 2, 3))
+    found = verify_run(run)
+    assert found.problems == []
+    assert found.facts["rows"] == 40 and found.facts["stages"] == 3
+    assert "40 rows of 2 × 3 float32" in found.summary()[0] and "6 files of 3 stages" in found.summary()[0]
+    told = json.loads((run / "store.json").read_text())
+    (run / "store.json").write_text(json.dumps(told | {"dtype": "float16"}))
+    (run / "analysis/more.txt").write_text("other")
+    store, stage = verify_run(run, quick=True).problems
+    assert "store.json says float16" in store and "analysis/more.txt: changed" in stage
