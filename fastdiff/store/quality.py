@@ -109,7 +109,7 @@ def shuffle_quality(
     )
 
 
-def block_excess(rho: float, batch_size: int, block_rows: int, pool_rows: int) -> float:
+def block_excess(rho: float, batch_size: int, block_rows: int, pool_rows: float) -> float:
     """The law: by which fraction mixing blocks in a pool raises the variance of a batch mean.
 
     It holds for documents much longer than a block and pools much smaller than the data; shorter documents and

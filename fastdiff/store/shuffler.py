@@ -28,6 +28,7 @@ from torch import Tensor
 from fastdiff import _native
 from fastdiff.errors import InputError, OptionError, ResourceError
 from fastdiff.memory import memory_available, memory_limit
+from fastdiff.store.quality import block_excess
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.row_streams import Hdf5Windows, PooledRows, RowStream, to_cuda
 
@@ -156,7 +157,7 @@ class Shuffler:
     def excess_variance(self, rho: float = DESIGN_RHO) -> float:
         """By how much the variance of a batch mean exceeds that of a perfect shuffle, as a share of it.
 
-        ρ·B·(b - 1)/P for documents much longer than b rows; shorter ones do better.
+        See `block_excess`; P is the mean size of a window.
 
         Args:
             rho: Share of the variance between documents.
@@ -164,8 +165,7 @@ class Shuffler:
         windows = self._order.n_windows
         if windows <= 1:
             return 0.0
-        window_rows = self._order.rows_in_epoch(0) / windows
-        return rho * self.batch_size * (self._block_rows - 1) / window_rows
+        return block_excess(rho, self.batch_size, self._block_rows, self._order.rows_in_epoch(0) / windows)
 
     def describe(self) -> str:
         """How the rows are shuffled and read, in a line."""
