@@ -10,182 +10,24 @@ import json
 import os
 import signal
 import sys
-import types
-import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 import fastdiff
-
-if typing.TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
-    from fastdiff.config import Stage, StageConfig
-    from fastdiff.progress import Progress
-
-_DIRECTORY = click.Path(file_okay=False, path_type=Path)
-Command = Callable[..., None]
-
-
-class _Existing(click.Path):
-    """A path that must be there; if not, that is bad input (exit 3) like any other missing file."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path."""
-        from fastdiff.errors import InputError
-
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.exists():
-            raise InputError(f"{path}: no such {'file or directory' if self.file_okay else 'directory'}")
-        return path
-
-
-_EXISTING_DIRECTORY = _Existing(file_okay=False)
-_EXISTING = _Existing()
-
-
-class _StageCommand(click.Command):
-    """A command whose options are the fields of a stage's configuration.
-
-    The fields are read when the command's parameters are first asked for, so that `fastdiff --help` does not
-    import pydantic.
-    """
-
-    _complete = False
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """All parameters."""
-        if not self._complete:
-            self._complete = True
-            self.params += [_option(name, field) for name, field in _model(str(self.name)).model_fields.items()]
-        return super().get_params(ctx)
-
-
-def _model(stage: str) -> "type[StageConfig]":
-    from fastdiff import config
-
-    found: type[StageConfig] = getattr(config, f"{stage.capitalize()}Config")
-    return found
-
-
-def _option(name: str, field: "FieldInfo") -> click.Option:
-    """One option; its default stays with the configuration, so that a file's value can stand below it."""
-    flag = "--" + name.replace("_", "-")
-    kind = field.annotation
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    if typing.get_origin(kind) is typing.Annotated:
-        kind = typing.get_args(kind)[0]
-    many = typing.get_origin(kind) is list
-    if field.is_required():
-        note = "[required]"
-    elif field.default is None:
-        note = ""
-    else:
-        default = f"{field.default:.5g}" if isinstance(field.default, float) else field.default
-        note = f"[default: {default}]"
-    text = f"{field.description} {note}".strip()
-    if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
-    if typing.get_origin(kind) is Literal:
-        return click.Option([flag], type=click.Choice(typing.get_args(kind)), help=text)
-    return click.Option([flag], type=str if many else kind, multiple=many, help=text)
-
-
-def _shared(command: Command) -> Command:
-    """Options of every command."""
-    for decorate in (
-        click.option(
-            "--progress", "progress_mode", type=click.Choice(["auto", "on", "off"]), default="auto",
-            envvar="FASTDIFF_PROGRESS",
-            help="Progress on stderr: bars on a terminal and lines elsewhere, bars, or nothing.",
-        ),
-        click.option("-q", "--quiet", is_flag=True, envvar="FASTDIFF_QUIET", help="Print nothing but the result."),
-        click.option("--json", "as_json", is_flag=True, envvar="FASTDIFF_JSON", help="Print the result as JSON."),
-    ):  # fmt: skip
-        command = decorate(command)
-    return command
-
-
-def _configured(command: Command) -> Command:
-    """Options of commands that take a configuration."""
-    for decorate in (
-        click.option(
-            "-c", "--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            envvar="FASTDIFF_CONFIG", help="YAML file with a section per stage.",
-        ),
-        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a field; may be repeated."),
-    ):  # fmt: skip
-        command = decorate(command)
-    return _shared(command)
-
-
-def _replacing(command: Command) -> Command:
-    """Options of commands that leave results of another configuration alone."""
-    command = click.option("--overwrite", is_flag=True, help="Replace results of another configuration.")(command)
-    return click.option("--resume/--no-resume", default=True, help="Continue what was cut off, or start anew.")(command)
-
-
-def _resolve(
-    model: "type[Stage]",
-    section: str | None,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-    given: dict[str, Any],
-) -> "Stage":
-    """Merge defaults, the file's section, given options and --set, and check the whole."""
-    import yaml
-
-    from fastdiff.config import validated
-
-    values: dict[str, Any] = {}
-    if config_file is not None:
-        try:
-            loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise click.UsageError(f"{config_file}: not YAML ({' '.join(str(error).split())})") from error
-        if not isinstance(loaded, dict):
-            raise click.UsageError(f"{config_file}: expected sections, found {type(loaded).__name__}")
-        for name, fields in loaded.items():
-            if name not in ("extract", "train", "analyze", "annotate", "compare"):
-                raise click.UsageError(f"{config_file}: unknown section {name!r}")
-            # a section whose every line is a comment is None
-            if not isinstance(fields, dict | None):
-                raise click.UsageError(f"{config_file}: section {name} holds {fields!r}, not KEY: VALUE lines")
-        sections = {name: fields or {} for name, fields in loaded.items()}
-        values = sections if section is None else sections.get(section, {})
-    values |= {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set {setting}: expected KEY=VALUE")
-        place = values
-        *path, last = key.replace("-", "_").split(".")
-        for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise click.UsageError(f"--set {setting}: {part!r} is a value, not a section")
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise click.UsageError(f"--set {setting}: the value is not YAML") from error
-    return validated(model, values)
-
-
-def _progress(mode: Literal["auto", "on", "off"], quiet: bool) -> "Progress":
-    from fastdiff.progress import Progress
-
-    return Progress(mode, quiet)
-
-
-def _print(as_json: bool, text: str, **facts: Any) -> None:
-    if as_json:
-        click.echo(json.dumps({"schema": 1, **facts}, default=str, ensure_ascii=False))
-    else:
-        click.echo(text)
+from fastdiff.cli_options import (
+    DIRECTORY,
+    EXISTING,
+    EXISTING_DIRECTORY,
+    StageCommand,
+    configured,
+    print_result,
+    progress_of,
+    replacing,
+    resolve,
+    shared,
+)
 
 
 @click.group(
@@ -208,10 +50,10 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("-o", "--out", type=_DIRECTORY, default=Path("fastdiff-demo"), help="Where everything goes.")
+@click.option("-o", "--out", type=DIRECTORY, default=Path("fastdiff-demo"), help="Where everything goes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the models, the order and the crosscoders.")
 @click.option("--small", is_flag=True, help="Less text and fewer steps.")
-@_shared
+@shared
 def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress_mode: Any) -> None:
     """Make tiny models with planted differences, offline, and find those differences.
 
@@ -221,9 +63,9 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
     from fastdiff.demo.demo import run_demo
     from fastdiff.run import read_json
 
-    result = run_demo(out, seed, _progress(progress_mode, quiet), small=small)
+    result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small)
     verdict = read_json(out / "compare" / "statistics.json")["verdict"]
-    _print(
+    print_result(
         as_json,
         "\n".join([*verdict, f"planted truth: {result.sentence}", f"report: {result.report}"]),
         report=result.report,
@@ -233,10 +75,10 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
     )
 
 
-@cli.command(cls=_StageCommand)
-@click.option("-o", "--out", type=_DIRECTORY, required=True, help="Store directory to create.")
-@_replacing
-@_configured
+@cli.command(cls=StageCommand)
+@click.option("-o", "--out", type=DIRECTORY, required=True, help="Store directory to create.")
+@replacing
+@configured
 def extract(
     out: Path, resume: bool, overwrite: bool, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
     quiet: bool, progress_mode: Any, **given: Any,
@@ -249,16 +91,16 @@ def extract(
     from fastdiff.config import ExtractConfig
     from fastdiff.extract.harvest import extract as extract_store
 
-    config = _resolve(ExtractConfig, "extract", config_file, settings, given)
-    store = extract_store(config, out, _progress(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    _print(as_json, str(store), store=store)
+    config = resolve(ExtractConfig, "extract", config_file, settings, given)
+    store = extract_store(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
+    print_result(as_json, str(store), store=store)
 
 
-@cli.command(cls=_StageCommand)
-@click.argument("store", type=_EXISTING)
-@click.option("-o", "--out", type=_DIRECTORY, required=True, help="Run directory to create or continue.")
-@_replacing
-@_configured
+@cli.command(cls=StageCommand)
+@click.argument("store", type=EXISTING)
+@click.option("-o", "--out", type=DIRECTORY, required=True, help="Run directory to create or continue.")
+@replacing
+@configured
 def train(
     store: Path, out: Path, resume: bool, overwrite: bool, config_file: Path | None, settings: tuple[str, ...],
     as_json: bool, quiet: bool, progress_mode: Any, **given: Any,
@@ -271,17 +113,17 @@ def train(
     from fastdiff.config import TrainConfig
     from fastdiff.crosscoder.train import train as train_crosscoder
 
-    config = _resolve(TrainConfig, "train", config_file, settings, given)
+    config = resolve(TrainConfig, "train", config_file, settings, given)
     directory = train_crosscoder(
-        store, out, config, _progress(progress_mode, quiet), resume=resume, overwrite=overwrite
+        store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite
     )
-    _print(as_json, str(directory), run=out, crosscoder=directory)
+    print_result(as_json, str(directory), run=out, crosscoder=directory)
 
 
-@cli.command(cls=_StageCommand)
-@click.argument("run", type=_EXISTING_DIRECTORY)
-@click.option("--store", type=_EXISTING, help="The store, if it has moved since training.")
-@_configured
+@cli.command(cls=StageCommand)
+@click.argument("run", type=EXISTING_DIRECTORY)
+@click.option("--store", type=EXISTING, help="The store, if it has moved since training.")
+@configured
 def analyze(
     run: Path, store: Path | None, config_file: Path | None, settings: tuple[str, ...], as_json: bool, quiet: bool,
     progress_mode: Any, **given: Any,
@@ -295,16 +137,16 @@ def analyze(
     from fastdiff.config import AnalyzeConfig
     from fastdiff.run import read_json
 
-    config = _resolve(AnalyzeConfig, "analyze", config_file, settings, given)
-    directory = analyze_run(run, config, _progress(progress_mode, quiet), store_path=store)
+    config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
+    directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
     summary = read_json(directory / "summary.json")
     shown = {key: summary[key] for key in ("classes", "specific", "never_fired", "quality")}
-    _print(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown)
+    print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown)
 
 
-@cli.command(cls=_StageCommand)
-@click.argument("run", type=_EXISTING_DIRECTORY)
-@_configured
+@cli.command(cls=StageCommand)
+@click.argument("run", type=EXISTING_DIRECTORY)
+@configured
 def annotate(
     run: Path, config_file: Path | None, settings: tuple[str, ...], as_json: bool, quiet: bool, progress_mode: Any,
     **given: Any,
@@ -317,15 +159,15 @@ def annotate(
     from fastdiff.annotate.annotate import annotate as annotate_run
     from fastdiff.config import AnnotateConfig
 
-    config = _resolve(AnnotateConfig, "annotate", config_file, settings, given)
-    directory = annotate_run(run, config, _progress(progress_mode, quiet))
-    _print(as_json, str(directory / "labels.jsonl"), labels=directory / "labels.jsonl")
+    config = resolve(AnnotateConfig, "annotate", config_file, settings, given)
+    directory = annotate_run(run, config, progress_of(progress_mode, quiet))
+    print_result(as_json, str(directory / "labels.jsonl"), labels=directory / "labels.jsonl")
 
 
-@cli.command(cls=_StageCommand)
-@click.argument("runs", nargs=-1, required=True, type=_EXISTING_DIRECTORY)
-@click.option("-o", "--out", type=_DIRECTORY, help="Where two runs are compared; one run is compared in place.")
-@_configured
+@cli.command(cls=StageCommand)
+@click.argument("runs", nargs=-1, required=True, type=EXISTING_DIRECTORY)
+@click.option("-o", "--out", type=DIRECTORY, help="Where two runs are compared; one run is compared in place.")
+@configured
 def compare(
     runs: tuple[Path, ...], out: Path | None, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
     quiet: bool, progress_mode: Any, **given: Any,
@@ -344,15 +186,15 @@ def compare(
         raise click.UsageError("one run is compared in place; -o is for two runs")
     if len(runs) > 1 and out is None:
         raise click.UsageError("two runs need -o, a directory for the comparison")
-    config = _resolve(CompareConfig, "compare", config_file, settings, given)
-    directory = compare_runs(list(runs), out or runs[0], config, _progress(progress_mode, True))
+    config = resolve(CompareConfig, "compare", config_file, settings, given)
+    directory = compare_runs(list(runs), out or runs[0], config, progress_of(progress_mode, True))
     verdict = read_json(directory / "statistics.json")["verdict"]
-    _print(as_json, "\n".join(verdict), categories=directory / "categories.csv", verdict=verdict)
+    print_result(as_json, "\n".join(verdict), categories=directory / "categories.csv", verdict=verdict)
 
 
 @cli.command()
-@click.argument("directory", type=_EXISTING_DIRECTORY)
-@_shared
+@click.argument("directory", type=EXISTING_DIRECTORY)
+@shared
 def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> None:
     """Write the one-file HTML report of a run or a comparison.
 
@@ -361,14 +203,14 @@ def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> N
     """
     from fastdiff.report.builder import build_report
 
-    path = build_report(directory, _progress(progress_mode, quiet))
-    _print(as_json, str(path), report=path)
+    path = build_report(directory, progress_of(progress_mode, quiet))
+    print_result(as_json, str(path), report=path)
 
 
 @cli.command()
-@click.option("-o", "--out", type=_DIRECTORY, required=True, help="Run directory to create or continue.")
-@_replacing
-@_configured
+@click.option("-o", "--out", type=DIRECTORY, required=True, help="Run directory to create or continue.")
+@replacing
+@configured
 def run(
     out: Path, resume: bool, overwrite: bool, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
     quiet: bool, progress_mode: Any,
@@ -383,15 +225,15 @@ def run(
     from fastdiff.pipeline import run_pipeline
     from fastdiff.run import read_json
 
-    config = _resolve(RunConfig, None, config_file, settings, {})
-    path = run_pipeline(config, out, _progress(progress_mode, quiet), resume=resume, overwrite=overwrite)
+    config = resolve(RunConfig, None, config_file, settings, {})
+    path = run_pipeline(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     verdict = read_json(out / "compare" / "statistics.json")["verdict"]
-    _print(as_json, "\n".join([*verdict, f"report: {path}"]), report=path, verdict=verdict)
+    print_result(as_json, "\n".join([*verdict, f"report: {path}"]), report=path, verdict=verdict)
 
 
 @cli.command("import")
 @click.argument("sources", nargs=-1, required=True)
-@click.option("-o", "--out", type=_DIRECTORY, required=True, help="Store directory to create.")
+@click.option("-o", "--out", type=DIRECTORY, required=True, help="Store directory to create.")
 @click.option("--name", "names", multiple=True, help="Name of a model, in the order of the sources; may be repeated.")
 @click.option("--dataset-name", help="Tensor or data set to take from each file.")
 @click.option("--bits", type=click.Choice(["bfloat16"]), help="What 2-byte values without a float type hold.")
@@ -399,11 +241,11 @@ def run(
     "--store-dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Type to store; else the sources' own."
 )
 @click.option("--shard-rows", type=click.IntRange(min=1), default=1_000_000, help="Rows in one shard file.")
-@click.option("--token-ids", type=_EXISTING, help=".npy or .pt file with the token of each row.")
-@click.option("--sequence-ids", type=_EXISTING, help=".npy or .pt file with the document of each row.")
+@click.option("--token-ids", type=EXISTING, help=".npy or .pt file with the token of each row.")
+@click.option("--sequence-ids", type=EXISTING, help=".npy or .pt file with the document of each row.")
 @click.option("--bos-token-id", type=int, help="Leave rows of this token out of training; it begins a sequence.")
-@_replacing
-@_shared
+@replacing
+@shared
 def import_(
     sources: tuple[str, ...], out: Path, resume: bool, overwrite: bool, as_json: bool, quiet: bool, progress_mode: Any,
     **given: Any,
@@ -421,16 +263,16 @@ def import_(
     from fastdiff.store.importers import ImportOptions, import_store
 
     store = import_store(
-        sources, out, ImportOptions(**given), _progress(progress_mode, quiet), resume=resume, overwrite=overwrite
+        sources, out, ImportOptions(**given), progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite
     )
-    _print(as_json, str(store), store=store)
+    print_result(as_json, str(store), store=store)
 
 
 @cli.command()
-@click.argument("path", type=_EXISTING)
+@click.argument("path", type=EXISTING)
 @click.option("--quick", is_flag=True, help="Leave the activations unread: structure, metadata and columns only.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, help="Threads that read and sum.")
-@_shared
+@shared
 def verify(path: Path, quick: bool, threads: int, as_json: bool, quiet: bool, progress_mode: Any) -> None:
     """Check a store (directory or .h5) or a run directory against its own checksums.
 
@@ -442,13 +284,55 @@ def verify(path: Path, quick: bool, threads: int, as_json: bool, quiet: bool, pr
     from fastdiff.store.verify_run import is_run, verify_run
 
     if is_run(path):
-        found = verify_run(path, quick=quick, n_threads=threads, progress=_progress(progress_mode, quiet))
+        found = verify_run(path, quick=quick, n_threads=threads, progress=progress_of(progress_mode, quiet))
     else:
-        found = verify_store(path, quick=quick, n_threads=threads, progress=_progress(progress_mode, quiet))
+        found = verify_store(path, quick=quick, n_threads=threads, progress=progress_of(progress_mode, quiet))
     facts = {"problems": found.problems, "n_problems": found.n_problems, "notes": found.notes, **found.facts}
-    _print(as_json, "\n".join(found.summary()), path=path, sound=not found.n_problems, **facts)
+    print_result(as_json, "\n".join(found.summary()), path=path, sound=not found.n_problems, **facts)
     if found.n_problems:
         click.get_current_context().exit(3)
+
+
+@cli.command()
+@click.option(
+    "--size",
+    type=click.Choice(["auto", "A", "B", "C"]),
+    default="auto",
+    help="A: D 3584, F 114,688, k 100. B: D 2304, F 73,728. C: D 256, F 4096, k 32, for CPUs. "
+    "auto: A on a GPU of 40 GB, B on a smaller one, C on a CPU.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Tokens in one step, if not those of the size.")
+@click.option("--d-model", type=click.IntRange(min=2), help="Width of one model, likewise.")
+@click.option("--dict-size", type=click.IntRange(min=1), help="Number of latents, likewise.")
+@click.option("--k", type=click.IntRange(min=1), help="Active latents per token, likewise.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    help="What the products multiply; auto is bfloat16 on CUDA, else float32.",
+)
+@click.option("--moments", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Adam's moments.")
+@click.option("--device", default="auto", help="cuda, cuda:1, cpu or auto.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0 is what torch chooses.")
+@click.option("--samples", type=click.IntRange(min=1), default=10, help="Timed samples of each.")
+@shared
+def benchmark(
+    size: str, device: str, threads: int, precision: str, moments: str, samples: int, as_json: bool, quiet: bool,
+    progress_mode: Any, **sizes: int | None,
+) -> None:  # fmt: skip
+    """Measure training steps on this machine, what it would allow, and say what limits them.
+
+    \b
+    fastdiff benchmark
+    fastdiff benchmark --size B --json
+    """
+    from fastdiff.benchmark.benchmark import benchmark_command
+
+    found = benchmark_command(
+        size, sizes, device, threads, precision=precision, moments=moments, n=samples,
+        progress=progress_of(progress_mode, quiet),
+    )  # fmt: skip
+    print_result(as_json, found.text(), **found.facts())
 
 
 @cli.group()
@@ -492,6 +376,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # read when torch loads OpenMP: threads that spin while they wait made tiny steps 7 to 12 times slower on a
     # machine whose cores are shared
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # read when CUDA starts: with other workspaces cuBLAS may add up in another order in every run
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         code = cli.main(arguments, prog_name="fastdiff", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -85,7 +85,13 @@ class TrainConfig(StageConfig):
         description="Steps over which the learning rate rises linearly; unless given, at most a tenth.",
     )
     decay_steps: NonNegativeInt = Field(0, description="Last steps, over which it falls linearly to 0.")
+    micro_batch: PositiveInt | None = Field(
+        None, description="Tokens selected from together, a divisor of batch-size; unless given, all of the batch."
+    )
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
+    clip_mode: Literal["exact", "previous"] = Field(
+        "exact", description="Clip by this step's gradient norm, or by the last step's, which costs nothing on a GPU."
+    )
     loss: Literal["l2norm", "mse"] = Field(
         "l2norm",
         description="Reconstruction loss per model: mean L2 norm of the error, or mean squared error.",
@@ -124,6 +130,16 @@ class TrainConfig(StageConfig):
     threshold_decay: float = Field(
         0.999, ge=0, lt=1, description="Memory of the running mean that gives the inference threshold."
     )
+    backend: Literal["auto", "triton", "torch", "dense"] = Field(
+        "auto",
+        description="Triton kernels, sparse products in torch, or dense ones; auto is triton on CUDA, else torch.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="What the products multiply; auto is bfloat16 on CUDA, else float32. Weights are float32."
+    )
+    moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Adam's moments; bfloat16 (CUDA only) halves their memory."
+    )
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
     log_every: PositiveInt = Field(50, description="Steps between lines in events.jsonl.")
     seed: Seed = Field(0, description="Initialisation of the weights.")
@@ -148,6 +164,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"k must lie in [1, dict_size={self.dict_size}], got {self.k}")
         if self.k_start is not None and not self.k <= self.k_start <= self.dict_size:
             raise ValueError(f"k_start must lie in [k={self.k}, dict_size={self.dict_size}], got {self.k_start}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch={self.micro_batch} must divide batch_size={self.batch_size}")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps + decay_steps must not exceed steps={self.steps}, "

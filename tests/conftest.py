@@ -7,21 +7,24 @@ import pytest
 
 # read when torch loads OpenMP; see fastdiff.cli.main
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+# read by @triton.jit: without a GPU the kernels run in Triton's interpreter, on CPU tensors
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny tensors on two threads of a busy machine take ten times as long as on one."""
-    import torch
-
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def nan_in_uninitialized_memory():
     """torch.empty returns NaN, so that an op which skips an element fails instead of passing by luck."""
-    import torch
-
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -19,7 +19,7 @@ from fastdiff.config import CompareConfig, RunConfig, TrainConfig
 
 FASTDIFF = Path(sys.executable).parent / "fastdiff"
 STAGES = ["extract", "train", "analyze", "annotate", "compare"]
-COMMANDS = [*STAGES, "demo", "report", "run", "config init", "config schema"]
+COMMANDS = [*STAGES, "demo", "report", "run", "benchmark", "config init", "config schema"]
 
 
 @pytest.fixture(autouse=True)

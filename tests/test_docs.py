@@ -29,6 +29,21 @@ def test_the_readme_names_no_command_or_option_that_is_not_there():
                 assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", arguments)) <= known, line
 
 
+def test_every_kernel_has_the_reference_test_and_benchmark_that_the_table_names():
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Kernels")[1].split("## Rules")[0]
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| `(\w+)` \| `(\w+)` \|$", section, flags=re.MULTILINE)
+    references = (ROOT / "kernels" / "reference.py").read_text(encoding="utf-8")
+    benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "bench").glob("*.py"))
+    for file, reference, benchmark in rows:
+        assert (ROOT / "kernels" / f"{file}.py").exists(), file
+        assert (ROOT / "tests" / "kernels" / f"test_{file}.py").exists(), file
+        assert f"def {reference}(" in references, reference
+        assert f"def bench_{benchmark}(" in benchmarks, benchmark
+    jitted = {p.stem for p in (ROOT / "kernels").glob("*.py") if "@triton.jit" in p.read_text(encoding="utf-8")}
+    parts = {"batchtopk_kernels", "radix"}  # of other files, and tested with them
+    assert jitted - parts <= {file for file, _, _ in rows}
+
+
 def test_set_up_is_two_commands_that_ci_finds():
     commands = re.findall(r"<!-- ci: (\w+) -->\n```bash\n(.*?)\n```", README)
     assert [name for name, _ in commands] == ["first", "second"]

@@ -15,7 +15,8 @@ KERNELS = Path(fastdiff.kernels.__file__).parent
 # a part may import itself and what stands in a row below its own
 ROWS = [
     {"cli"},
-    {"demo"},
+    {"cli_options"},
+    {"demo", "benchmark"},
     {"pipeline"},
     {"report"},
     {"compare"},

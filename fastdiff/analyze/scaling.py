@@ -69,12 +69,11 @@ class ScalingSums:
         by = selection.by_latent
         f = values.double()
         reconstruction = ops.sparse_decode(f, selection, W_dec.flatten(1)).view(x.shape) + b_dec
-        f = f[by.order]
         # a running sum would be faster, but loses a weak latent's squares behind a strong one's
-        squares = ops.gather_add(torch.zeros_like(by.row), f.new_ones(1, 1), by.start, f.square())
-        self.squares += squares.squeeze(1).cpu()
+        self.squares += ops.sum_by_latent(selection, f.square()).cpu()
+        f = f[by.order]
         for sums, target in ((self.error, x - reconstruction), (self.reconstruction, reconstruction)):
-            weighted = ops.gather_add(by.row, target.flatten(1), by.start, f).view(W_dec.shape)  # Σ_n f y_m
+            weighted = ops.weighted_rows(by.row, target.flatten(1), by.start, f).view(W_dec.shape)  # Σ_n f y_m
             sums += torch.einsum("fkd,fmd->fkm", W_dec[:, :2], weighted).cpu()
 
     def betas(self, W_dec: Tensor) -> dict[str, Tensor]:

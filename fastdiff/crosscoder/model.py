@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.kernels import ops
+from fastdiff.kernels.backend import Backend
 from fastdiff.kernels.selection import Selection
 
 # every latent's threshold at the start of JumpReLU training; inputs have unit variance per dimension
@@ -78,8 +79,9 @@ class Crosscoder(nn.Module):
             return ops.above(pre, self.threshold)
         if self.activation == "relu":
             return ops.above(pre, torch.zeros_like(self.threshold))
-        score = pre.relu() * self.code_norm()
-        return ops.topk(score, self.k) if self.activation == "topk" else ops.above(score, self.threshold)
+        if self.activation == "topk":
+            return ops.topk(pre, self.k, scale=self.code_norm())
+        return ops.above(pre.relu() * self.code_norm(), self.threshold)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> tuple[Tensor, Selection]:
@@ -95,9 +97,9 @@ class Crosscoder(nn.Module):
         selection = self.select(pre)
         return pre[selection.row, selection.col], selection
 
-    def decode(self, values: Tensor, selection: Selection) -> Tensor:
+    def decode(self, values: Tensor, selection: Selection, backend: Backend = "auto") -> Tensor:
         """x̂ [B, M, D] from activations [nnz] of the latents that fire."""
-        out = ops.sparse_decode(values, selection, self.W_dec.flatten(1))
+        out = ops.sparse_decode(values, selection, self.W_dec.flatten(1), backend=backend)
         return out.view(-1, *self.b_dec.shape) + self.b_dec
 
     @torch.no_grad()

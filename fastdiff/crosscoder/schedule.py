@@ -1,4 +1,21 @@
-"""What changes from step to step: learning rate, k, penalty weight. Steps count from 0."""
+"""What changes from step to step: learning rate, k, penalty weight, memory of the threshold. Steps count from 0."""
+
+from fastdiff.config import TrainConfig
+
+
+def rate_at(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step."""
+    return learning_rate(step, base=config.lr, steps=config.steps, warmup=config.warmup_steps, decay=config.decay_steps)
+
+
+def k_at(step: int, config: TrainConfig) -> int:
+    """K of a step."""
+    return active_latents(step, k=config.k, k_start=config.k_start, anneal=config.k_anneal_steps)
+
+
+def threshold_memory(step: int, config: TrainConfig) -> float:
+    """Share of the inference threshold that a step keeps: set at the first, and not held back by the first ones."""
+    return min(config.threshold_decay, step / (step + 9))
 
 
 def learning_rate(step: int, *, base: float, steps: int, warmup: int, decay: int) -> float:

@@ -23,11 +23,13 @@ from fastdiff.crosscoder.checkpoint import (
     save_checkpoint,
     save_crosscoder,
 )
+from fastdiff.crosscoder.fused_trainer import FusedTrainer, make_trainer
 from fastdiff.crosscoder.metrics import Quality, evaluate
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.trainer import StepResult, Trainer
+from fastdiff.crosscoder.trainer import Trainer
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError, OptionError
+from fastdiff.kernels.step import Figures
 from fastdiff.progress import SILENT, Progress
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.shuffler import Shuffler
@@ -82,7 +84,7 @@ def train(
             config.dict_size, store.n_models, store.d_model, activation=config.activation, k=config.k
         )
         crosscoder.to(resolve_device(config.device))
-        trainer = Trainer(crosscoder, config)
+        trainer = make_trainer(crosscoder, config)
         loaded = load_checkpoint(target / "checkpoints", crosscoder) if resume and not overwrite else None
         shuffler = _shuffler(store, config, rows, None if loaded is None else loaded[1]["pool_rows"])
         progress.say(f"train: {shuffler.describe()}")
@@ -191,26 +193,28 @@ def _start(crosscoder: Crosscoder, store: ActivationStore, shuffler: Shuffler, c
     crosscoder.initialize(crosscoder.normalize(first), init=config.init, seed=config.seed)
 
 
-def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Events, progress: Progress) -> None:
+def _loop(
+    trainer: Trainer | FusedTrainer, shuffler: Shuffler, target: Path, events: rundir.Events, progress: Progress
+) -> None:
     """Step to the end, with a log line and a checkpoint now and then."""
     config = trainer.config
-    window: list[StepResult] = []
     started = time.monotonic()
     device = trainer.crosscoder.b_enc.device
     with progress.task("train", config.steps, "steps", start=trainer.step_number) as task:
         for batch in shuffler.stream(trainer.step_number, config.steps, device):
-            window.append(trainer.step(batch))
+            k = trainer.k
+            trainer.step(batch)
             step = trainer.step_number
             note = ""
             if step % config.log_every == 0 or step == config.steps:
-                line = _log_line(window, config.batch_size)
-                seconds = time.monotonic() - started
-                tokens_per_second = round(len(window) * config.batch_size / seconds)
+                figures = trainer.window()
+                line = _log_line(figures, config, k)
+                tokens_per_second = round(figures.n_tokens / (time.monotonic() - started))
                 share_waited = round(shuffler.wait_seconds / max(time.monotonic() - started, 1e-9), 4)
                 events.write("train", step=step, **line, tokens_per_second=tokens_per_second, loader_wait=share_waited)
                 fve = " ".join(f"{v:.3f}" for v in line["fve"])
                 note = f"loss {line['loss']:.3f}  fve {fve}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}"
-                window, started = [], time.monotonic()
+                started = time.monotonic()
                 shuffler.wait_seconds = 0.0
             task.advance(1, note)
             if step % config.checkpoint_every == 0 and step < config.steps:
@@ -222,15 +226,13 @@ def _loop(trainer: Trainer, shuffler: Shuffler, target: Path, events: rundir.Eve
                 save_checkpoint(target / "checkpoints", step, trainer.crosscoder, trainer.state(), state)
 
 
-def _log_line(window: list[StepResult], batch_size: int) -> dict[str, Any]:
-    error = torch.stack([r.squared_error for r in window]).sum(dim=0)
-    spread = torch.stack([r.spread for r in window]).sum(dim=0)
+def _log_line(figures: Figures, config: TrainConfig, k: int) -> dict[str, Any]:
     return {
-        "loss": sum(r.loss for r in window) / len(window),
-        "fve": (1 - error / spread).tolist(),
-        "l0": sum(r.n_active for r in window) / (len(window) * batch_size),
-        "dead": window[-1].n_dead / window[-1].dict_size,
-        "k": window[-1].k,
+        "loss": figures.loss / figures.n_steps,
+        "fve": (1 - figures.squared_error / figures.spread).tolist(),
+        "l0": figures.n_active / figures.n_tokens,
+        "dead": figures.n_dead / config.dict_size,
+        "k": k,
     }
 
 

@@ -1,6 +1,7 @@
-"""One training step of a crosscoder, and all the state it carries from step to step."""
+"""Training steps by autograd: every objective, on sparse or dense products. `fused_trainer` is the fast way.
 
-from dataclasses import dataclass
+Runs what has no fused step (JumpReLU, ReLU with L1) and, with `backend="dense"`, everything by the definition.
+"""
 
 import torch
 from torch import Tensor
@@ -8,26 +9,15 @@ from torch import Tensor
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import losses, schedule
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import FastdiffError, OptionError
 from fastdiff.kernels import ops
+from fastdiff.kernels.backend import resolve_backend
 from fastdiff.kernels.selection import Selection
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step measured, before its update."""
-
-    loss: float
-    squared_error: Tensor  # [M] float64, summed over the batch
-    spread: Tensor  # [M] float64, Σ‖x̃ - batch mean‖²
-    n_active: int
-    n_dead: int
-    dict_size: int
-    k: int
+from fastdiff.kernels.step import Figures
 
 
 class Trainer:
-    """Steps a crosscoder; `state` and `load_state` carry it across processes.
+    """Steps a crosscoder; `state` and `load_state` carry it across processes, `window` says how it goes.
 
     AuxK counts a latent as dead once it has not fired for `dead_tokens` tokens. The inference threshold of
     BatchTopK is a running mean of the smallest selected f·s of each step, with the memory
@@ -39,29 +29,39 @@ class Trainer:
         self.crosscoder, self.config = crosscoder, config
         self.step_number = 0
         self.tokens_since_fired = torch.zeros(crosscoder.dict_size, dtype=torch.int64, device=crosscoder.b_enc.device)
-        self._names = [name for name, _ in crosscoder.named_parameters()]
+        self._figures: list[Figures] = []
+        try:
+            self._backend = resolve_backend(config.backend, crosscoder.b_enc.device)
+        except ValueError as error:
+            raise OptionError(str(error)) from error
         # lr comes from the schedule, before every step
         self._adam = torch.optim.Adam(crosscoder.parameters(), lr=0.0, fused=True)
 
-    def step(self, batch: Tensor) -> StepResult:
+    @property
+    def k(self) -> int:
+        """Active latents per token that the next step aims at."""
+        return schedule.k_at(self.step_number, self.config)
+
+    def step(self, batch: Tensor) -> None:
         """One update on stored activations [B, M, D].
 
         Raises:
             FastdiffError: The loss or its gradient is not finite; the weights are still those of the last good step.
         """
         c, config, t = self.crosscoder, self.config, self.step_number
-        k = schedule.active_latents(t, k=config.k, k_start=config.k_start, anneal=config.k_anneal_steps)
+        k = self.k
         x = c.normalize(batch)
         pre = c.pre_activations(x)
         selection, lowest = self._select(pre, k)
-        values = ops.sparse_encode(x.flatten(1), c.W_enc.flatten(1), c.b_enc, pre, selection)
+        backend = self._backend
+        values = ops.sparse_encode(x.flatten(1), c.W_enc.flatten(1), c.b_enc, pre, selection, backend=backend)
         active = selection.col
         if config.activation == "jumprelu":
-            theta = c.threshold[selection.col]
+            theta = ops.at_entries(selection, c.threshold, backend=backend)
             active = selection.col[values.detach() > theta.detach()]
-            l0 = ops.step(values, theta, config.bandwidth).sum() / len(x)
-            values = ops.jumprelu(values, theta, config.bandwidth)
-        error = x - c.decode(values, selection)
+            l0 = ops.step(values, theta, config.bandwidth, backend=backend).sum() / len(x)
+            values = ops.jumprelu(values, theta, config.bandwidth, backend=backend)
+        error = x - c.decode(values, selection, backend=backend)
         loss = losses.reconstruction(error, config.loss)
 
         self.tokens_since_fired += len(x)
@@ -87,29 +87,47 @@ class Trainer:
         self.step_number += 1
         with torch.no_grad():
             centred = x - x.mean(dim=0)
-            return StepResult(
-                loss=loss.item(),
-                squared_error=error.double().square().sum(dim=(0, 2)).cpu(),
-                spread=centred.double().square().sum(dim=(0, 2)).cpu(),
-                n_active=len(active),
-                n_dead=len(dead),
-                dict_size=c.dict_size,
-                k=k,
+            self._figures.append(
+                Figures(
+                    n_steps=1,
+                    n_tokens=len(x),
+                    loss=loss.item(),
+                    squared_error=error.double().square().sum(dim=(0, 2)).cpu(),
+                    spread=centred.double().square().sum(dim=(0, 2)).cpu(),
+                    n_active=len(active),
+                    n_dead=len(dead),
+                )
             )
+
+    def window(self) -> Figures:
+        """What the steps since the last call measured.
+
+        Raises:
+            IndexError: There was none.
+        """
+        steps, self._figures = self._figures, []
+        return Figures(
+            n_steps=len(steps),
+            n_tokens=sum(f.n_tokens for f in steps),
+            loss=sum(f.loss for f in steps),
+            squared_error=torch.stack([f.squared_error for f in steps]).sum(dim=0),
+            spread=torch.stack([f.spread for f in steps]).sum(dim=0),
+            n_active=sum(f.n_active for f in steps),
+            n_dead=steps[-1].n_dead,
+        )
 
     @torch.no_grad()
     def _select(self, pre: Tensor, k: int) -> tuple[Selection, Tensor]:
         """Which pairs take part, and the smallest selected score."""
-        c, nothing = self.crosscoder, pre.new_full((), torch.inf)
+        c, nothing, backend = self.crosscoder, pre.new_full((), torch.inf), self._backend
         if self.config.activation == "jumprelu":
             # entries just below the threshold do not fire, but move it
-            return ops.above(pre, c.threshold - self.config.bandwidth / 2), nothing
+            return ops.above(pre, c.threshold - self.config.bandwidth / 2, backend=backend), nothing
         if self.config.activation == "relu":
-            return ops.above(pre, torch.zeros_like(c.threshold)), nothing
-        score = pre.relu() * c.code_norm()
+            return ops.above(pre, torch.zeros_like(c.threshold), backend=backend), nothing
         if self.config.activation == "topk":
-            return ops.topk(score, k), nothing
-        return ops.batchtopk(score, k)
+            return ops.topk(pre, k, scale=c.code_norm(), backend=backend), nothing
+        return ops.batchtopk(pre, k, scale=c.code_norm(), backend=backend)
 
     def _update(self, loss: Tensor) -> None:
         config = self.config
@@ -121,21 +139,14 @@ class Trainer:
             raise FastdiffError(
                 f"step {self.step_number}: the gradient is {norm.item()}; lower --lr or look at the activations"
             )
-        self._adam.param_groups[0]["lr"] = schedule.learning_rate(
-            self.step_number,
-            base=config.lr,
-            steps=config.steps,
-            warmup=config.warmup_steps,
-            decay=config.decay_steps,
-        )
+        self._adam.param_groups[0]["lr"] = schedule.rate_at(self.step_number, config)
         self._adam.step()
         if config.activation == "jumprelu":
             # a threshold below zero would let negative activations through
             self.crosscoder.threshold.data.clamp_(min=0.0)
 
     def _follow_threshold(self, lowest: float) -> None:
-        t = self.step_number
-        memory = min(self.config.threshold_decay, t / (t + 9))
+        memory = schedule.threshold_memory(self.step_number, self.config)
         theta = float(self.crosscoder.threshold[0])
         self.crosscoder.threshold.fill_(memory * theta + (1 - memory) * lowest)
 

@@ -11,6 +11,7 @@ import torch
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import train as stage
 from fastdiff.crosscoder.checkpoint import load_crosscoder
+from fastdiff.crosscoder.fused_trainer import FusedTrainer
 from fastdiff.crosscoder.trainer import Trainer
 from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
 from fastdiff.store.writer import StoreWriter
@@ -54,25 +55,32 @@ def weights(run):
     return (run / "crosscoder" / "seed-0" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, activation):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (FusedTrainer, {}),
+        (FusedTrainer, {"clip_mode": "previous", "clip": 0.1, "micro_batch": 32}),
+        (Trainer, {"activation": "jumprelu"}),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, kind, options):
     store = make_store(tmp_path / "acts")
-    stage.train(store, tmp_path / "whole", config(activation=activation))
-    step = Trainer.step
+    stage.train(store, tmp_path / "whole", config(**options))
+    step = kind.step
 
     def dies(self, batch):
         if self.step_number == 27:
             raise KeyboardInterrupt
         return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "step", dies)
+    monkeypatch.setattr(kind, "step", dies)
     with pytest.raises(KeyboardInterrupt):
-        stage.train(store, tmp_path / "cut", config(activation=activation))
+        stage.train(store, tmp_path / "cut", config(**options))
     monkeypatch.undo()
     assert not (tmp_path / "cut" / "crosscoder" / "seed-0" / "DONE.json").exists()
     steps = []
-    monkeypatch.setattr(Trainer, "step", lambda self, b: steps.append(self.step_number) or step(self, b))
-    stage.train(store, tmp_path / "cut", config(activation=activation))
+    monkeypatch.setattr(kind, "step", lambda self, b: steps.append(self.step_number) or step(self, b))
+    stage.train(store, tmp_path / "cut", config(**options))
     assert steps[0] == 20, "training must continue at the newest checkpoint"
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -83,8 +91,8 @@ def test_no_resume_starts_anew_and_gives_the_same_bytes(tmp_path, monkeypatch):
     before = weights(tmp_path / "run")
     (tmp_path / "run" / "crosscoder" / "seed-0" / "DONE.json").unlink()
     steps = []
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, b: steps.append(self.step_number) or step(self, b))
+    step = FusedTrainer.step
+    monkeypatch.setattr(FusedTrainer, "step", lambda self, b: steps.append(self.step_number) or step(self, b))
     stage.train(store, tmp_path / "run", config(), resume=False)
     assert steps[0] == 0 and weights(tmp_path / "run") == before
 
@@ -92,7 +100,7 @@ def test_no_resume_starts_anew_and_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_a_finished_run_is_skipped_and_a_touched_one_is_not(tmp_path, monkeypatch):
     store = make_store(tmp_path / "acts")
     target = stage.train(store, tmp_path / "run", config())
-    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(FusedTrainer, "step", lambda *_: pytest.fail("trained again"))
     stage.train(store, tmp_path / "run", config())
     (target / "config.json").write_text("{}")
     with pytest.raises(pytest.fail.Exception, match="trained again"):

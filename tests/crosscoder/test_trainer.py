@@ -1,13 +1,15 @@
-"""The training step against a direct dense transcription of the published mathematics, with torch's own Adam."""
+"""Both trainers against a direct dense transcription of the published mathematics, with torch's own Adam."""
 
 import pytest
 import torch
-from torch import nn
+from dense_step import NAMES, DenseStep
 
 from fastdiff.config import TrainConfig
+from fastdiff.crosscoder.fused_trainer import FusedTrainer, make_trainer
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.trainer import Trainer
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import FastdiffError, OptionError
+from fastdiff.kernels.step import StepRates, StepSettings
 
 B, M, D, F = 64, 2, 12, 96
 
@@ -23,105 +25,106 @@ def batches(n: int, seed: int = 0) -> list[torch.Tensor]:
     return drawn
 
 
-def make(activation: str, **options) -> tuple[Trainer, TrainConfig]:
-    config = TrainConfig(
-        activation=activation,
-        dict_size=F,
-        k=4,
-        k_start=12,
-        k_anneal_steps=8,
-        steps=30,
-        batch_size=B,
-        lr=3e-3,
-        warmup_steps=5,
-        decay_steps=4,
-        clip=0.7,
-        dead_tokens=3 * B,
-        sparsity_warmup_steps=4,
-        **options,
-    )
+def make(activation: str, kind=make_trainer, **options) -> tuple[Trainer | FusedTrainer, TrainConfig]:
+    values = {
+        "activation": activation,
+        "dict_size": F,
+        "k": 4,
+        "k_start": 12,
+        "k_anneal_steps": 8,
+        "steps": 30,
+        "batch_size": B,
+        "lr": 3e-3,
+        "warmup_steps": 5,
+        "decay_steps": 4,
+        "clip": 0.7,
+        "dead_tokens": 3 * B,
+        "sparsity_warmup_steps": 4,
+    }
+    config = TrainConfig(**values | options)
     crosscoder = Crosscoder(F, M, D, activation=activation, k=config.k)
     crosscoder.input_scale.copy_(torch.tensor([0.8, 1.3]))
     crosscoder.input_mean.copy_(torch.linspace(-0.5, 0.5, M * D).view(M, D))
     crosscoder.initialize(crosscoder.normalize(batches(1)[0]), init="independent", seed=7)
-    return Trainer(crosscoder, config), config
+    return kind(crosscoder, config), config
 
 
-class Dense:
-    """The same mathematics written out: every (B, F) and (B, M, F, D) product dense, plain autograd."""
-
-    def __init__(self, crosscoder: Crosscoder, config: TrainConfig):
-        self.config = config
-        self.W_enc, self.b_enc, self.W_dec, self.b_dec = (
-            nn.Parameter(p.detach().clone())
-            for p in (crosscoder.W_enc, crosscoder.b_enc, crosscoder.W_dec, crosscoder.b_dec)
-        )
-        self.parameters = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
-        self.mean, self.scale = crosscoder.input_mean.clone(), crosscoder.input_scale.clone()
-        self.adam = torch.optim.Adam(self.parameters, lr=config.lr, betas=(0.9, 0.999), foreach=False)
-        self.since_fired = torch.zeros(F, dtype=torch.int64)
-        self.theta, self.t, self.aux_steps = 0.0, 0, 0
-
-    def step(self, batch: torch.Tensor) -> None:
-        c, t = self.config, self.t
-        x = (batch - self.mean) * self.scale[:, None]
-        pre = torch.einsum("bmd,fmd->bf", x, self.W_enc) + self.b_enc
-        f = pre.relu()
-        s = self.W_dec.norm(dim=-1).sum(dim=1)
-        k = round(12 + (4 - 12) * t / 8) if t < 8 else 4
-        v = (f * s).detach()
-        if c.activation == "batchtopk":
-            kept = torch.zeros(B * F).scatter(0, v.flatten().topk(B * k).indices, 1.0).view(B, F) * (v > 0)
-            lowest = float(v[kept.bool()].min())
-        else:
-            kept = torch.zeros(B, F).scatter(1, v.topk(k, dim=1).indices, 1.0) * (v > 0)
-        error = x - torch.einsum("bf,fmd->bmd", f * kept, self.W_dec) - self.b_dec
-        loss = error.norm(dim=-1).mean() if c.loss == "l2norm" else (error**2).mean()
-
-        self.since_fired += B
-        self.since_fired[kept.sum(0) > 0] = 0
-        dead = self.since_fired >= c.dead_tokens
-        if dead.any():
-            self.aux_steps += 1
-            k_aux = min(D // 2, int(dead.sum()))
-            v_dead = torch.where(dead, v, -1.0)
-            chosen = torch.zeros(B, F).scatter(1, v_dead.topk(k_aux, dim=1).indices, 1.0)
-            target = error.detach().flatten(1)
-            aux = (f * chosen) @ self.W_dec.flatten(1)
-            variance = (target - target.mean(0)).pow(2).sum(1).mean()
-            loss = loss + c.auxk_coef * (target - aux).pow(2).sum(1).mean() / variance
-        self.adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, c.clip)
-        rate = c.lr * (t + 1) / 5 if t < 5 else c.lr * (30 - t) / 5 if t >= 26 else c.lr
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
-        if c.activation == "batchtopk":
-            memory = min(0.999, t / (t + 9))
-            self.theta = memory * self.theta + (1 - memory) * lowest
-        self.t += 1
+def dense_twin(trainer: Trainer | FusedTrainer, config: TrainConfig) -> DenseStep:
+    crosscoder = trainer.crosscoder
+    settings = StepSettings(
+        n_tokens=config.micro_batch or config.batch_size,
+        n_micro=config.batch_size // (config.micro_batch or config.batch_size),
+        k_max=config.k_start,
+        selection=config.activation,
+        loss=config.loss,
+        auxk_coef=config.auxk_coef,
+        dead_tokens=config.dead_tokens,
+        clip=config.clip,
+        clip_mode=config.clip_mode,
+        precision="float32",
+        moments="float32",
+        seed=0,
+    )
+    return DenseStep(settings, crosscoder)
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk"])
 @pytest.mark.parametrize("loss", ["l2norm", "mse"])
-def test_twenty_steps_equal_the_dense_transcription(activation, loss):
-    trainer, config = make(activation, loss=loss)
-    dense = Dense(trainer.crosscoder, config)
-    clipped = 0
-    for batch in batches(20):
+@pytest.mark.parametrize("options", [{}, {"backend": "dense"}, {"micro_batch": 16}, {"clip_mode": "previous"}], ids=str)
+def test_twenty_steps_equal_the_dense_transcription(activation, loss, options):
+    trainer, config = make(activation, loss=loss, clip=0.7 if loss == "l2norm" else 0.05, **options)
+    dense = dense_twin(trainer, config)
+    for number, batch in enumerate(batches(20)):
         trainer.step(batch)
-        dense.step(batch)
-        total = torch.stack([p.grad.norm() for p in dense.parameters]).norm()
-        clipped += float(total) > config.clip * 0.999
+        k = round(12 + (4 - 12) * number / 8) if number < 8 else 4
+        rate = config.lr * (number + 1) / 5 if number < 5 else config.lr
+        dense.step(batch, StepRates(number, k, rate, min(0.999, number / (number + 9))))
     assert dense.aux_steps >= 10, "the comparison must cover AuxK"
-    assert clipped >= 5 or loss == "mse", "the comparison must cover clipping"
-    for name, want in zip(("W_enc", "b_enc", "W_dec", "b_dec"), dense.parameters, strict=True):
-        got = getattr(trainer.crosscoder, name)
+    assert dense.clipped_steps >= 5, "the comparison must cover clipping"
+    for name in NAMES:
+        got, want = getattr(trainer.crosscoder, name), dense.parameters[name]
         assert ((got - want).norm() / want.norm()).item() <= 1e-5, name
     assert torch.equal(trainer.tokens_since_fired, dense.since_fired)
     if activation == "batchtopk":
-        assert float(trainer.crosscoder.threshold[0]) == pytest.approx(dense.theta, rel=1e-5)
+        assert float(trainer.crosscoder.threshold[0]) == pytest.approx(dense.threshold, rel=1e-5)
         assert len(trainer.crosscoder.threshold.unique()) == 1
+    figures = trainer.window()
+    assert figures.loss == pytest.approx(sum(dense.losses), rel=1e-5)
+    assert (figures.n_steps, figures.n_tokens, figures.n_active) == (20, 20 * B, dense.n_active)
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "kind"),
+    [
+        ("batchtopk", {}, FusedTrainer),
+        ("topk", {"backend": "torch"}, FusedTrainer),
+        ("batchtopk", {"backend": "dense"}, Trainer),
+        ("jumprelu", {}, Trainer),
+        ("relu", {}, Trainer),
+    ],
+)
+def test_a_fused_step_runs_what_it_can(activation, options, kind):
+    assert type(make(activation, **options)[0]) is kind
+
+
+@pytest.mark.parametrize(
+    ("activation", "options", "message"),
+    [
+        ("relu", {"micro_batch": 16}, "--micro-batch 16 does not go with --activation relu"),
+        ("batchtopk", {"backend": "dense", "precision": "bfloat16"}, "--precision bfloat16 .*--backend dense"),
+        ("jumprelu", {"clip_mode": "previous"}, "--clip-mode previous does not go with --activation jumprelu"),
+        ("batchtopk", {"backend": "torch", "moments": "bfloat16"}, "needs the triton backend"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(activation, options, message):
+    with pytest.raises(OptionError, match=message):
+        make(activation, **options)
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(OptionError, match="needs CUDA tensors, got cpu"):
+        make("batchtopk", backend="triton")
 
 
 def test_threshold_is_set_by_the_first_step():
@@ -133,7 +136,7 @@ def test_threshold_is_set_by_the_first_step():
 def test_inference_l0_matches_k_after_training():
     config = TrainConfig(dict_size=F, k=4, steps=250, batch_size=B, lr=3e-3)
     crosscoder = Crosscoder(F, M, D, activation="batchtopk", k=4)
-    trainer = Trainer(crosscoder, config)
+    trainer = make_trainer(crosscoder, config)
     data = batches(250)
     crosscoder.initialize(data[0], init="independent", seed=0)
     for batch in data:
@@ -173,8 +176,8 @@ def test_first_step_of_the_penalised_objectives_equals_the_dense_transcription(a
     loss = dense_penalty(twin, batch, weight=1 / 4)
     parameters = list(twin.crosscoder.parameters())
     gradients = torch.autograd.grad(loss, parameters)
-    result = trainer.step(batch)
-    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    trainer.step(batch)
+    assert trainer.window().loss == pytest.approx(loss.item(), rel=1e-5)
     total = torch.stack([g.norm() for g in gradients]).norm()
     for (name, got), want in zip(trainer.crosscoder.named_parameters(), gradients, strict=True):
         clipped = want * min(1.0, 0.7 / float(total))
@@ -184,21 +187,28 @@ def test_first_step_of_the_penalised_objectives_equals_the_dense_transcription(a
 def test_jumprelu_approaches_its_l0_target():
     config = TrainConfig(activation="jumprelu", dict_size=F, k=5, steps=1200, batch_size=B, lr=3e-3)
     crosscoder = Crosscoder(F, M, D, activation="jumprelu", k=5)
-    trainer = Trainer(crosscoder, config)
+    trainer = make_trainer(crosscoder, config)
     data = batches(1200)
     crosscoder.initialize(data[0], init="independent", seed=0)
-    active = [trainer.step(batch).n_active / B for batch in data]
-    assert sum(active[-20:]) / 20 == pytest.approx(5, rel=0.25)
+    for batch in data[:-20]:
+        trainer.step(batch)
+    trainer.window()
+    for batch in data[-20:]:
+        trainer.step(batch)
+    assert trainer.window().n_active / (20 * B) == pytest.approx(5, rel=0.25)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights():
-    trainer, _ = make("batchtopk")
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Trainer, "step 1: the loss is nan"), (FusedTrainer, "step 1: the activations .* of token 3")]
+)
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(kind, message):
+    trainer, _ = make("batchtopk", kind)
     good = batches(2)
     trainer.step(good[0])
     before = {name: p.detach().clone() for name, p in trainer.crosscoder.named_parameters()}
     bad = good[1].clone()
     bad[3, 1, 2] = torch.nan
-    with pytest.raises(FastdiffError, match="step 1: the loss is nan"):
+    with pytest.raises(FastdiffError, match=message):
         trainer.step(bad)
     for name, parameter in trainer.crosscoder.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -206,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights():
 
 @pytest.mark.parametrize("clip", [0.0, 0.7])
 def test_a_gradient_that_is_not_finite_stops_before_the_update(clip, monkeypatch):
-    trainer, _ = make("batchtopk")
+    trainer, _ = make("batchtopk", Trainer)
     trainer.config = trainer.config.model_copy(update={"clip": clip})
     before = trainer.crosscoder.W_dec.detach().clone()
 
@@ -225,14 +235,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(clip, monkeypatch
     assert torch.equal(trainer.crosscoder.W_dec, before)
 
 
-def test_state_carries_everything_to_another_trainer():
-    trainer, config = make("batchtopk")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Trainer, {}), (FusedTrainer, {}), (FusedTrainer, {"clip_mode": "previous"}), (FusedTrainer, {"micro_batch": 16})],
+)
+def test_state_carries_everything_to_another_trainer(kind, options):
+    trainer, config = make("batchtopk", kind, **options)
     data = batches(12)
     for batch in data[:6]:
         trainer.step(batch)
     copy = Crosscoder(F, M, D, activation="batchtopk", k=config.k)
     copy.load_state_dict(trainer.crosscoder.state_dict())
-    other = Trainer(copy, config)
+    other = kind(copy, config)
     other.load_state({k: v.clone() for k, v in trainer.state().items()}, trainer.step_number)
     for batch in data[6:]:
         trainer.step(batch)

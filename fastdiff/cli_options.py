@@ -1,0 +1,180 @@
+"""The options that commands share: taken from the configurations, from files, from the environment."""
+
+import json
+import os
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+if typing.TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from fastdiff.config import Stage, StageConfig
+    from fastdiff.progress import Progress
+
+DIRECTORY = click.Path(file_okay=False, path_type=Path)
+Command = Callable[..., None]
+
+
+class Existing(click.Path):
+    """A path that must be there; if not, that is bad input (exit 3) like any other missing file."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        from fastdiff.errors import InputError
+
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.exists():
+            raise InputError(f"{path}: no such {'file or directory' if self.file_okay else 'directory'}")
+        return path
+
+
+EXISTING_DIRECTORY = Existing(file_okay=False)
+EXISTING = Existing()
+
+
+class StageCommand(click.Command):
+    """A command whose options are the fields of a stage's configuration.
+
+    The fields are read when the command's parameters are first asked for, so that `fastdiff --help` does not
+    import pydantic.
+    """
+
+    _complete = False
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """All parameters."""
+        if not self._complete:
+            self._complete = True
+            self.params += [_option(name, field) for name, field in _model(str(self.name)).model_fields.items()]
+        return super().get_params(ctx)
+
+
+def _model(stage: str) -> "type[StageConfig]":
+    from fastdiff import config
+
+    found: type[StageConfig] = getattr(config, f"{stage.capitalize()}Config")
+    return found
+
+
+def _option(name: str, field: "FieldInfo") -> click.Option:
+    """One option; its default stays with the configuration, so that a file's value can stand below it."""
+    flag = "--" + name.replace("_", "-")
+    kind = field.annotation
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    many = typing.get_origin(kind) is list
+    if field.is_required():
+        note = "[required]"
+    elif field.default is None:
+        note = ""
+    else:
+        default = f"{field.default:.5g}" if isinstance(field.default, float) else field.default
+        note = f"[default: {default}]"
+    text = f"{field.description} {note}".strip()
+    if kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+    if typing.get_origin(kind) is Literal:
+        return click.Option([flag], type=click.Choice(typing.get_args(kind)), help=text)
+    return click.Option([flag], type=str if many else kind, multiple=many, help=text)
+
+
+def shared(command: Command) -> Command:
+    """Options of every command."""
+    for decorate in (
+        click.option(
+            "--progress", "progress_mode", type=click.Choice(["auto", "on", "off"]), default="auto",
+            envvar="FASTDIFF_PROGRESS",
+            help="Progress on stderr: bars on a terminal and lines elsewhere, bars, or nothing.",
+        ),
+        click.option("-q", "--quiet", is_flag=True, envvar="FASTDIFF_QUIET", help="Print nothing but the result."),
+        click.option("--json", "as_json", is_flag=True, envvar="FASTDIFF_JSON", help="Print the result as JSON."),
+    ):  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+def configured(command: Command) -> Command:
+    """Options of commands that take a configuration."""
+    for decorate in (
+        click.option(
+            "-c", "--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            envvar="FASTDIFF_CONFIG", help="YAML file with a section per stage.",
+        ),
+        click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set a field; may be repeated."),
+    ):  # fmt: skip
+        command = decorate(command)
+    return shared(command)
+
+
+def replacing(command: Command) -> Command:
+    """Options of commands that leave results of another configuration alone."""
+    command = click.option("--overwrite", is_flag=True, help="Replace results of another configuration.")(command)
+    return click.option("--resume/--no-resume", default=True, help="Continue what was cut off, or start anew.")(command)
+
+
+def resolve(
+    model: "type[Stage]",
+    section: str | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+    given: dict[str, Any],
+) -> "Stage":
+    """Merge defaults, the file's section, given options and --set, and check the whole."""
+    import yaml
+
+    from fastdiff.config import validated
+
+    values: dict[str, Any] = {}
+    if config_file is not None:
+        try:
+            loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"{config_file}: not YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(loaded, dict):
+            raise click.UsageError(f"{config_file}: expected sections, found {type(loaded).__name__}")
+        for name, fields in loaded.items():
+            if name not in ("extract", "train", "analyze", "annotate", "compare"):
+                raise click.UsageError(f"{config_file}: unknown section {name!r}")
+            # a section whose every line is a comment is None
+            if not isinstance(fields, dict | None):
+                raise click.UsageError(f"{config_file}: section {name} holds {fields!r}, not KEY: VALUE lines")
+        sections = {name: fields or {} for name, fields in loaded.items()}
+        values = sections if section is None else sections.get(section, {})
+    values |= {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {setting}: expected KEY=VALUE")
+        place = values
+        *path, last = key.replace("-", "_").split(".")
+        for part in path:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise click.UsageError(f"--set {setting}: {part!r} is a value, not a section")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--set {setting}: the value is not YAML") from error
+    return validated(model, values)
+
+
+def progress_of(mode: Literal["auto", "on", "off"], quiet: bool) -> "Progress":
+    """Where a command reports how far it is."""
+    from fastdiff.progress import Progress
+
+    return Progress(mode, quiet)
+
+
+def print_result(as_json: bool, text: str, **facts: Any) -> None:
+    """Print a command's result: its text, or its facts as JSON."""
+    if as_json:
+        click.echo(json.dumps({"schema": 1, **facts}, default=str, ensure_ascii=False))
+    else:
+        click.echo(text)
