@@ -55,6 +55,11 @@ TARGETS = {
     "C": {"dense fp32, as published": 4.5, SPARSIFY: 1.5},
 }
 BF16_ON_CPU = 6.0
+# of fastdiff's own rows on a GPU: least tokens/s by clip and share of the floor; most GB without and with dead latents
+BARS = {
+    "A": {"exact": 195e3, "previous": 220e3, "of_floor": 0.80, "peak_gb": (29, 32)},
+    "B": {"exact": 330e3, "previous": 370e3, "of_floor": 0.75},
+}
 
 
 def check(device: torch.device) -> float:
@@ -212,11 +217,24 @@ def missed(rows: list[Row]) -> list[str]:
     """Targets that were not reached."""
     lines = []
     for row in rows:
+        what, bars = f"{row['shape']}: {row['name']}, clip {row['clip']}", BARS.get(row["shape"], {})
+        if row.get("repeats") is False:
+            lines.append(f"{what}: other bits from the same start")
+        if row["name"] == "fastdiff" and "ms" in row:
+            if not row.get("dead") and row["tokens_per_s"] < bars.get(row["clip"], 0):
+                lines.append(f"{what}: wanted {bars[row['clip']]:,.0f} tokens/s, got {row['tokens_per_s']:,.0f}")
+            if not row.get("dead") and row.get("of_floor", 1) < bars.get("of_floor", 0):
+                lines.append(f"{what}: wanted {bars['of_floor']:.0%} of the floor, got {row['of_floor']:.0%}")
+            most = bars.get("peak_gb", (float("inf"),) * 2)[bool(row.get("dead"))]
+            if row.get("peak_gb", 0) > most:
+                lines.append(f"{what}: wanted at most {most} GB, got {row['peak_gb']:.1f}")
         wanted = TARGETS.get(row["shape"], {}).get(row["name"])
         if wanted and "ratio" not in row:
             lines.append(f"{row['shape']}: {row['name']} has no ratio ({row.get('note', 'not measured')})")
         elif wanted and row["ratio"] < wanted:
             lines.append(f"{row['shape']}: wanted {wanted} times as fast as {row['name']}, got {row['ratio']:.2f}")
+        elif wanted and row.get("cpu_ratio", wanted) < wanted:
+            lines.append(f"{row['shape']}: by CPU time wanted {wanted} times {row['name']}, got {row['cpu_ratio']:.2f}")
         if row["shape"] == "C" and row["side"] == DENSE and wanted and row.get("ratio_bf16_encoder", 0) < BF16_ON_CPU:
             got = row.get("ratio_bf16_encoder", 0)
             lines.append(f"C: wanted {BF16_ON_CPU} times as fast as {row['name']} with the bf16 encoder, got {got:.2f}")

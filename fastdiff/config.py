@@ -135,7 +135,9 @@ class TrainConfig(StageConfig):
         description="Triton kernels, sparse products in torch, or dense ones; auto is triton on CUDA, else torch.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="What the products multiply; auto is bfloat16 on CUDA, else float32. Weights are float32."
+        "auto",
+        description="What the products of batchtopk and topk multiply; auto is bfloat16 on CUDA, else float32. "
+        "Weights are float32.",
     )
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="Adam's moments; bfloat16 (CUDA only) halves their memory."

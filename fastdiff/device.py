@@ -6,7 +6,7 @@ from fastdiff.errors import OptionError
 
 
 def resolve_device(spec: str) -> torch.device:
-    """The device to compute on.
+    """The device to compute on; a CUDA device becomes the current one, which is where Triton launches.
 
     Args:
         spec: "cpu", "cuda", "cuda:1", or "auto": the first CUDA device if there is one, else the CPU.
@@ -15,7 +15,7 @@ def resolve_device(spec: str) -> torch.device:
         OptionError: No such device.
     """
     if spec == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        spec = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(spec)
     except RuntimeError as error:
@@ -25,4 +25,6 @@ def resolve_device(spec: str) -> torch.device:
     # torch keeps the index in 8 bits: cuda:999 has index -25
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise OptionError(f"--device {spec}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device

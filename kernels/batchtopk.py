@@ -206,9 +206,11 @@ def batchtopk_slots(
     )
 
     Q = max(2, _block // group)
+    # a histogram of 2048 scores in groups of 16 does not fit the registers of sm_80
+    digits_Q = Q if group == 64 else max(2, Q // 2)
     listed = (scores, bias, scale, work.listed, group_states, group_counts, group_ends)
     for digit_round in range(4):
-        score_digits_kernel[(triton.cdiv(len(work.listed), Q * _steps),)](
+        score_digits_kernel[(triton.cdiv(len(work.listed), digits_Q * _steps),)](
             *listed,
             of_scores,
             states,
@@ -219,7 +221,7 @@ def batchtopk_slots(
             scores.stride(0),
             ROUND=digit_round,
             GROUP=group,
-            Q=Q,
+            Q=digits_Q,
             STEPS=_steps,
             **options,
         )

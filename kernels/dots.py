@@ -86,6 +86,7 @@ def dots_into(
         PARTS=_PARTS,
         SUM=tl.float64 if wide else tl.float32,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

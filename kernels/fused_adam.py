@@ -286,7 +286,7 @@ def update_rows(
         seed: Of the rounding.
     """
     d_model = x.shape[1] // n_models
-    tile = row_tile(n_models, d_model, _columns, _tile)
+    tile = row_tile(n_models, d_model, _columns, _tile, x.dtype)
     grid = len(order.longest_first), triton.cdiv(d_model, tile["COLUMNS"])
     assert all(tensor is None or tensor.is_contiguous() for tensor in (*state, *(aux or ()), norms, squares))
     assert len({tensor.dtype for tensor in (state.W_dec_m, state.W_dec_v, state.W_enc_m, state.W_enc_v)}) == 1

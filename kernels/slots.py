@@ -35,7 +35,7 @@ class Slots(NamedTuple):
         """
         capacity = n_tokens * k_max
         if capacity >= 2**31:
-            raise ValueError(f"{n_tokens} tokens of {k_max} latents exceed 2^31 pairs; use a smaller micro-batch")
+            raise ValueError(f"{n_tokens} tokens of {k_max} latents exceed 2^31 pairs; use a smaller batch")
         edges = torch.zeros(2, n_tokens, dtype=torch.int32, device=device)
         places = torch.zeros(2, capacity, dtype=torch.int32, device=device)
         return Slots(edges[0], edges[1], places[0], places[1], torch.zeros(capacity, device=device))

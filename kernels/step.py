@@ -38,7 +38,7 @@ class StepSettings:
     dead_tokens: int
     clip: float  # largest gradient norm; 0 turns clipping off
     clip_mode: Literal["exact", "previous"]
-    precision: Literal["float32", "bfloat16"]  # of what the encoder multiplies
+    precision: Literal["float32", "bfloat16"]  # of factors: x, rows and residual on triton, the encoder's on torch
     moments: Literal["float32", "bfloat16"]
     seed: int  # of the stochastic rounding of bfloat16 moments
     betas: tuple[float, float] = (0.9, 0.999)

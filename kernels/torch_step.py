@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from fastdiff.kernels import ops
+from fastdiff.kernels.batchtopk import batchtopk
+from fastdiff.kernels.dots import dots_torch
 from fastdiff.kernels.selection import Selection
 from fastdiff.kernels.step import Figures, NotFinite, StepRates, StepSettings, StepTensors, check_batch
+from fastdiff.kernels.topk import topk
+from fastdiff.kernels.weighted_rows import weighted_rows_torch
 
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -101,8 +104,12 @@ class TorchStep:
     def wait(self) -> None:
         """Nothing to wait for."""
 
-    def weights_changed(self) -> None:
-        """Nothing is kept that depends on them."""
+    def state(self) -> dict[str, Tensor]:
+        """Nothing is carried to the next step besides `tensors`."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Nothing to load."""
 
     def _forward(self, at: slice, n: int, code_norm: Tensor, rates: StepRates) -> _Forward:
         """Selection, reconstruction, loss and the gradient of the pre-activations of one micro-batch of n tokens."""
@@ -110,35 +117,41 @@ class TorchStep:
         _, M, D = t.shape
         x, residual, weighted = self._x[at], self._residual[at], self._weighted[at]
         W_dec = t.W_dec.flatten(1)
-        pairs, values, lowest = self._select(x, code_norm, rates.k)
-        reconstruction = ops.weighted_rows(pairs.col, W_dec, pairs.crow, values, backend="torch")
+        pre = self._pre_activations(x)
+        pairs, values, lowest = self._select(x, pre, code_norm, rates.k)
+        reconstruction = _sums(pairs.col, W_dec, pairs.crow, values)
         torch.sub(reconstruction, x, out=residual)
         residual += t.b_dec.view(-1)
         error = torch.linalg.vector_norm(residual.view(-1, M, D), dim=-1)
-        if not bool(error.isfinite().all()):
-            token = int((~error.isfinite()).any(dim=1).nonzero()[0])
-            self._bad = self._bad or NotFinite(rates.number, at.start + token)
+        # a sum is finite only if all it adds up is, and costs one pass
+        finite = error.isfinite().all(dim=1) & pre.sum(dim=1).isfinite()
+        if not bool(finite.all()):
+            self._bad = self._bad or NotFinite(rates.number, at.start + int((~finite).nonzero()[0]))
         if s.loss == "l2norm":
             c = torch.where(error > 0, 1 / (n * M * error), 0.0)
         else:
             c = torch.full_like(error, 2 / (n * M * D))
         torch.mul(residual.view(-1, M, D), c[:, :, None], out=weighted.view(-1, M, D))
-        delta = ops.dots(pairs, weighted, W_dec, backend="torch").mul_(values > 0)
+        delta = _dots(pairs, weighted, W_dec).mul_(values > 0)
         return _Forward(pairs, values, delta, error, lowest)
 
-    def _select(self, x: Tensor, code_norm: Tensor, k: int) -> tuple[Selection, Tensor, Tensor]:
+    def _pre_activations(self, x: Tensor) -> Tensor:
+        t = self.tensors
+        if self._low is None:
+            return torch.addmm(t.b_enc, x, t.W_enc.flatten(1).T, out=self._scores[: len(x)])
+        scores, W_enc = self._low
+        low = torch.bfloat16
+        return torch.addmm(t.b_enc.to(low), x.to(low), W_enc.T, out=scores[: len(x)])
+
+    def _select(self, x: Tensor, pre: Tensor, code_norm: Tensor, k: int) -> tuple[Selection, Tensor, Tensor]:
         """The pairs of one micro-batch, their activations, and the smallest selected score."""
         t = self.tensors
         if self._low is None:
-            pre = torch.addmm(t.b_enc, x, t.W_enc.flatten(1).T, out=self._scores[: len(x)])
             pairs, lowest = self._largest(pre, k, code_norm)
             return pairs, pre[pairs.row, pairs.col], lowest
-        scores, W_enc = self._low
-        low = torch.bfloat16
-        pre = torch.addmm(t.b_enc.to(low), x.to(low), W_enc.T, out=scores[: len(x)])
         # scores of 8 bits only propose: of a quarter more pairs than are wanted, float32 picks
         proposed, nothing = self._largest(pre, min(len(code_norm), k + -(-k // 4)), code_norm)
-        values = ops.dots(proposed, x, t.W_enc.flatten(1), backend="torch") + t.b_enc[proposed.col]
+        values = _dots(proposed, x, t.W_enc.flatten(1)) + t.b_enc[proposed.col]
         if not len(values):
             return proposed, values, nothing
         picked, lowest = self._pick(proposed, values * code_norm[proposed.col], k)
@@ -147,8 +160,8 @@ class TorchStep:
 
     def _largest(self, score: Tensor, k: int, scale: Tensor | None) -> tuple[Selection, Tensor]:
         if self.settings.selection == "batchtopk":
-            return ops.batchtopk(score, k, scale=scale, backend="torch")
-        return ops.topk(score, k, scale=scale, backend="torch"), self._scores.new_full((), torch.inf)
+            return batchtopk(score, k, scale)
+        return topk(score, k, scale), self._scores.new_full((), torch.inf)
 
     def _pick(self, proposed: Selection, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Ascending places of the proposed pairs with the largest of these scores [nnz], and the smallest of those."""
@@ -164,12 +177,12 @@ class TorchStep:
     def _gradients(self, pairs: Selection, parts: list[_Forward], n: int) -> dict[str, Tensor]:
         """Of the reconstruction loss, [F, C] and so on."""
         by, weighted = pairs.by_latent, self._weighted[:n]
-        values = torch.cat([part.values for part in parts])
-        delta = torch.cat([part.delta for part in parts])
+        values = torch.cat([part.values for part in parts])[by.order]
+        delta = torch.cat([part.delta for part in parts])[by.order]
         return {
-            "W_enc": ops.weighted_rows(by.row, self._x[:n], by.start, delta[by.order], backend="torch"),
-            "b_enc": ops.sum_by_latent(pairs, delta, backend="torch"),
-            "W_dec": ops.weighted_rows(by.row, weighted, by.start, values[by.order], backend="torch"),
+            "W_enc": _sums(by.row, self._x[:n], by.start, delta),
+            "b_enc": _sums(torch.zeros_like(by.row), delta.new_ones(1, 1), by.start, delta).squeeze(1),
+            "W_dec": _sums(by.row, weighted, by.start, values),
             "b_dec": weighted.sum(dim=0),
         }
 
@@ -261,3 +274,12 @@ def _join(parts: list[Selection]) -> Selection:
         row.append(part.row + tokens)
         tokens, pairs = tokens + part.n_tokens, pairs + len(part.col)
     return Selection(torch.cat(crow), torch.cat([p.col for p in parts]), torch.cat(row), parts[0].dict_size)
+
+
+# what `ops` wraps for autograd and torch.compile, which costs 50 µs a call and 2 s at the first
+def _sums(index: Tensor, rows: Tensor, start: Tensor, weight: Tensor) -> Tensor:
+    return weighted_rows_torch(index, rows, start, weight, rows.dtype)
+
+
+def _dots(pairs: Selection, left: Tensor, right: Tensor) -> Tensor:
+    return dots_torch(pairs.crow, pairs.col, left, right, left.dtype)

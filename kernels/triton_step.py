@@ -31,6 +31,8 @@ from fastdiff.kernels.topk import group_size, topk_slots, topk_slots_radix
 
 # in `bad` when it was no token's doing but the norm of the gradient
 _GRADIENT = ALL_FINITE - 1
+# gradients from here on overflow float32 when Adam squares them
+_LARGEST = 1e18
 # steps between two looks at how many latents may die before the next one
 _PLAN_EVERY = 64
 # lists of dead latents have at least this many places, and a multiple of it
@@ -100,10 +102,12 @@ class TritonStep:
         self._bad = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=device)
         self._totals = torch.zeros(5 + 2 * M, dtype=torch.float64, device=device)  # as `figures` reads them
         self._report = torch.full((2,), ALL_FINITE, dtype=torch.int64, device=device)  # bad, step it happened in
-        self._report_host = torch.full((2,), ALL_FINITE, dtype=torch.int64)
-        self._reported: torch.cuda.Event | None = None
+        # as the host sees it; of the last two steps on CUDA, further ahead of the device it does not run
+        self._reports, self._done = [self._report], list[torch.cuda.Event]()
         if device.type == "cuda":
-            self._report_host, self._reported = self._report_host.pin_memory(), torch.cuda.Event()
+            self._reports = [torch.full((2,), ALL_FINITE, dtype=torch.int64).pin_memory() for _ in range(2)]
+            self._done = [torch.cuda.Event() for _ in range(2)]
+        self._n_enqueued = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._planned_at: int | None = None
@@ -120,14 +124,18 @@ class TritonStep:
             self._round_weights()
         if self._planned_at is None or rates.number >= self._planned_at + _PLAN_EVERY:
             self._plan(rates.number)
+        turn = self._n_enqueued % 2
+        if self._done:
+            self._done[turn].synchronize()
         self._load(batch, rates)
         # before there is a last norm, `previous` takes this step's
         exact = self.settings.clip_mode == "exact" or rates.number == 0
         with torch.no_grad(), _exact_products():
             self._run(exact)
-        if self._reported is not None:
-            self._report_host.copy_(self._report, non_blocking=True)
-            self._reported.record()
+        if self._done:
+            self._reports[turn].copy_(self._report, non_blocking=True)
+            self._done[turn].record()
+        self._n_enqueued += 1
 
     def figures(self) -> Figures:
         """Sums since the last call."""
@@ -146,24 +154,30 @@ class TritonStep:
 
     def not_finite(self) -> NotFinite | None:
         """The step in which a number was not finite, if one has come to light."""
-        if self._reported is None:
-            bad, step = self._report.tolist()
-        elif self._reported.query():
-            bad, step = self._report_host.tolist()
-        else:
-            return None
-        if bad == ALL_FINITE:
-            return None
-        return NotFinite(step, None if bad == _GRADIENT else bad)
+        for i, report in enumerate(self._reports):
+            bad, step = report.tolist() if not self._done or self._done[i].query() else (ALL_FINITE, 0)
+            if bad != ALL_FINITE:
+                return NotFinite(step, None if bad == _GRADIENT else bad)
+        return None
 
     def wait(self) -> None:
         """Return once all steps are done."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def weights_changed(self) -> None:
-        """Call after the weights were written from outside."""
-        self._stale, self._planned_at = True, None
+    def state(self) -> dict[str, Tensor]:
+        """What a step carries to the next besides its `tensors`, once all steps are done."""
+        if self._stale:
+            self._round_weights()
+        return {"code_norm": self._code_norm}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state`, or without it after the weights were written from outside."""
+        self._round_weights()
+        # computed anew it would differ in the last bit from what the update's kernel adds up
+        if "code_norm" in state:
+            self._code_norm.copy_(state["code_norm"])
+        self._planned_at = None
 
     def _round_weights(self) -> None:
         t = self.tensors
@@ -181,9 +195,7 @@ class TritonStep:
         if s.auxk_coef == 0 or D < 2:
             return
         may_die = int((t.tokens_since_fired >= s.dead_tokens - _PLAN_EVERY * s.max_tokens).sum())
-        # an eighth too many at most: the products grow with the list
-        unit = max(_DEAD_UNIT, 1 << max(0, may_die.bit_length() - 3))
-        n = min(F, -(-may_die // unit) * unit)
+        n = min(F, places(may_die))
         if n != (0 if self._dead is None else len(self._dead.decoder)):
             self._graph, self._warm, self._dead = None, False, None
             if n:
@@ -243,6 +255,8 @@ class TritonStep:
         aux = None if self._dead is None else self._dead.rows
         torch.sum(self._sums[:, 1], dim=0, out=self._g_b_dec)
         batch = (self._order, self._c, self._residual, self._x)
+        if s.clip == 0 or not exact:
+            self._bound_gradient()
         if s.clip > 0:
             if exact:
                 norm_rows(*batch, aux, self._row_squares, n_models=M)
@@ -363,7 +377,22 @@ class TritonStep:
         """The norm of the whole gradient, from that of each latent; a norm that is not finite stops the training."""
         norm = (self._row_squares.sum(dtype=torch.float64) + self._g_b_dec.double().square().sum()).sqrt()
         self.tensors.gradient_norm.copy_(norm)
-        self._bad.copy_(torch.where(norm.isfinite(), self._bad, self._bad.clamp(max=_GRADIENT)))
+        self._stop_unless(norm.isfinite())
+
+    def _bound_gradient(self) -> None:
+        """Stop the training before an update whose gradient could overflow when squared, if its norm is not known.
+
+        |G_dec| ≤ max f · Σ_b max_m c‖r‖ and |G_enc| ≤ max |δ| · Σ_b ‖x‖; AuxK's rows are there to be looked at.
+        """
+        weight = (self._c * self._errors.sqrt()).amax(dim=1).sum(dtype=torch.float64)
+        reach = self._x_squares.sum(dim=1).sqrt().sum(dtype=torch.float64)
+        bound = self._all.val.amax() * weight + self._delta.abs().amax() * reach
+        if self._dead is not None:
+            bound = bound + self._dead.rows.dec.abs().amax() + self._dead.rows.enc.abs().amax()
+        self._stop_unless(bound < _LARGEST)
+
+    def _stop_unless(self, fine: Tensor) -> None:
+        self._bad.copy_(torch.where(fine, self._bad, self._bad.clamp(max=_GRADIENT)))
 
     def _commit(self, dead: Tensor, aux_loss: Tensor) -> None:
         """Counters, threshold and sums of a good step; the report of a bad one."""
@@ -391,6 +420,12 @@ class TritonStep:
             t.threshold.copy_(torch.where(good & some.any(), followed, t.threshold))
         report = torch.stack([self._bad[0].long(), self._counter[0]])
         self._report.copy_(torch.where(self._report[0] == ALL_FINITE, report, self._report))
+
+
+def places(n: int) -> int:
+    """Length of a list for n dead latents: an eighth too long at most, for the products grow with it."""
+    unit = max(_DEAD_UNIT, 1 << max(0, n.bit_length() - 4))
+    return -(-n // unit) * unit
 
 
 @contextmanager

@@ -87,6 +87,7 @@ def weighted_rows_into(
         BLOCK_C=block_c,
         SUM=tl.float64 if wide else tl.float32,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 

@@ -104,8 +104,12 @@ def test_a_token_that_is_not_finite_stops_training_and_keeps_the_weights():
         for batch in (bad, *batches(3)):
             trainer.step(batch.to("cuda"))
             trainer._step.wait()
-    for name, value in before.items():
-        assert torch.equal(value, trainer.crosscoder.state_dict().get(name, value).cpu()), name
+    for name, value in trainer.crosscoder.state_dict().items():
+        assert torch.equal(value.cpu(), before[name]), name
+    for name, moments in trainer._tensors.moments.items():
+        for key, value in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+            assert torch.equal(value.cpu(), before[f"{name}.{key}"]), name
+    assert torch.equal(trainer.tokens_since_fired.cpu(), before["tokens_since_fired"])
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu", "relu"])

@@ -50,10 +50,7 @@ def step_config(shape: Shape, **options: Any) -> TrainConfig:
 def fused_steps(data: Synthetic, config: TrainConfig) -> FusedTrainer:
     """Fastdiff's steps on the weights of `data`, in place; latents that cannot fire count as dead from the start."""
     trainer = FusedTrainer(data.crosscoder, config)
-    if bool(data.dead.any()):
-        state = {name: tensor.clone() for name, tensor in trainer.state().items()}
-        state["tokens_since_fired"][data.dead] = config.dead_tokens
-        trainer.load_state(state, 0)
+    trainer.tokens_since_fired[data.dead] = config.dead_tokens
     return trainer
 
 
@@ -93,16 +90,24 @@ def measure_steps(
         for _ in range(warmup):
             contestant.step(next(batches))
         contestant.window()
+        peaks = [_peak(device)]
         if repeat:
             prints.append(fingerprint(list(data.crosscoder.parameters())))
         if turn == 0:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)  # the fingerprint's memory is none of the steps'
             timing = _timing(contestant, batches, device, n, least_ms)
             contestant.window()
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            peak = max([*peaks, _peak(device)])
         # the next turn needs the room
         del data, contestant, batches
         gc.collect()
-    return StepFigures(timing, peak, prints[0] == prints[1] if repeat else None)
+    return StepFigures(timing, peak or None, prints[0] == prints[1] if repeat else None)
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes that torch had handed out on a GPU since the last reset; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _timing(contestant: Steps, batches: Iterator[Tensor], device: torch.device, n: int, least_ms: float) -> Timing:

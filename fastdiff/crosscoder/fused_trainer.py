@@ -20,9 +20,9 @@ _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 class FusedTrainer:
     """Steps a crosscoder; `state` and `load_state` carry it across processes, `window` says how it goes.
 
-    On CUDA `step` only enqueues: it never waits for the device, and from the third step on replays a CUDA graph.
-    A number that is not finite therefore comes to light a few steps late, or in `window` and `state`, which wait;
-    the weights are those of the last good step. The semantics are `Trainer`'s, whose docstring defines dead latents
+    On CUDA `step` only enqueues, at most two steps ahead of the device, and from the third on replays a CUDA graph. A
+    number that is not finite therefore comes to light two steps late, or in `window` and `state`, which wait; the
+    weights are those of the last good step. The semantics are `Trainer`'s, whose docstring defines dead latents
     and the inference threshold.
     """
 
@@ -123,7 +123,7 @@ class FusedTrainer:
         }
         for name, (first, second) in self._tensors.moments.items():
             tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"] = first, second
-        return tensors
+        return tensors | self._step.state()
 
     def load_state(self, tensors: dict[str, Tensor], step_number: int) -> None:
         """Continue from what `state` gave after `step_number` steps; the weights must be loaded already."""
@@ -133,7 +133,7 @@ class FusedTrainer:
         for name, (first, second) in self._tensors.moments.items():
             first.copy_(tensors[f"{name}.exp_avg"])
             second.copy_(tensors[f"{name}.exp_avg_sq"])
-        self._step.weights_changed()
+        self._step.load_state(tensors)
 
     def _stop_at(self, bad: NotFinite | None) -> None:
         if bad is None:

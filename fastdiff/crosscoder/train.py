@@ -36,6 +36,8 @@ from fastdiff.store.shuffler import Shuffler
 
 # more held-out rows than this change no digit that is shown
 _EVALUATION_ROWS = 200_000
+# scores of all latents held at a time there: 1 GB each of a few
+_EVALUATION_SCORES = 2**28
 
 
 def directory_of(run: Path, seed: int) -> Path:
@@ -102,6 +104,8 @@ def train(
         events = rundir.Events(run)
         events.write("shuffle", **_shuffle_facts(shuffler))
         _loop(trainer, shuffler, target, events, progress)
+        # its buffers and moments are most of the memory, and the evaluation needs some
+        del trainer
         rows_name = "held-out" if store.n_train(config.holdout) < store.n_rows else "training"
         quality = evaluate(crosscoder, _evaluation_batches(store, config))
         events.write("evaluate", step=config.steps, rows=rows_name, **asdict(quality))
@@ -245,8 +249,9 @@ def _evaluation_batches(store: ActivationStore, config: TrainConfig) -> Iterator
         rows = np.intersect1d(rows, usable)
     rows = rows[:_EVALUATION_ROWS].astype(np.int64)
     crc = store.crc32c() if config.check_reads else None
-    for begin in range(0, len(rows), config.batch_size):
-        yield store.rows(rows[begin : begin + config.batch_size], crc=crc)
+    step = max(1, min(config.batch_size, _EVALUATION_SCORES // config.dict_size))
+    for begin in range(0, len(rows), step):
+        yield store.rows(rows[begin : begin + step], crc=crc)
 
 
 def _report(quality: Quality, rows_name: str, progress: Progress) -> None:

@@ -87,12 +87,26 @@ def test_missed_targets_are_named(bench):
     rows = [
         row("dense fp32 high", 1.0, ratio=4.9),
         row("dense fp32 highest", 1.0, ratio=26.0),
-        {"shape": "A", "name": "sparsify", "side": "sparsify", "note": "not run: out of time"},
+        {"shape": "A", "name": "sparsify", "side": "sparsify", "clip": "none", "note": "not run: out of time"},
     ]
     lines = bench.missed(rows)
     assert len(lines) == 2
     assert "wanted 5 times as fast as dense fp32 high, got 4.90" in lines[0]
     assert "sparsify has no ratio (not run: out of time)" in lines[1]
+
+
+def test_bars_of_the_own_rows_are_held(bench):
+    fine = {"shape": "A", "name": "fastdiff", "side": "fastdiff", "clip": "exact", "ms": 40.0, "tokens_per_s": 2e5}
+    fine |= {"of_floor": 0.81, "peak_gb": 28.0, "repeats": True}
+    assert bench.missed([fine, fine | {"dead": 0.3, "tokens_per_s": 1e5, "of_floor": 0.5, "peak_gb": 31.0}]) == []
+    slow = bench.missed([fine | {"tokens_per_s": 1.9e5, "of_floor": 0.79, "peak_gb": 30.0, "repeats": False}])
+    assert [line.split(": ", 1)[1] for line in slow] == [
+        "fastdiff, clip exact: other bits from the same start",
+        "fastdiff, clip exact: wanted 195,000 tokens/s, got 190,000",
+        "fastdiff, clip exact: wanted 80% of the floor, got 79%",
+        "fastdiff, clip exact: wanted at most 29 GB, got 30.0",
+    ]
+    assert len(bench.missed([fine | {"clip": "previous"}])) == 1  # 220,000
 
 
 def test_the_cpu_target_counts_the_bf16_encoder(bench):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from dense_step import NAMES, DenseStep, make_batches, make_settings, make_tensors
 
-from fastdiff.kernels.step import NotFinite, StepRates
+from fastdiff.kernels.step import NotFinite, StepRates, StepTensors
 from fastdiff.kernels.torch_step import TorchStep
-from fastdiff.kernels.triton_step import TritonStep
+from fastdiff.kernels.triton_step import TritonStep, places
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,6 +94,57 @@ def test_a_number_that_is_not_finite_stops_the_weights_and_is_named(kind, bad):
     after = [*tensors[:4], *tensors.moments["W_dec"], tensors.threshold, tensors.tokens_since_fired]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert step.figures().n_steps == 2
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_score_that_is_not_finite_stops_although_it_is_never_selected(kind):
+    tensors = make_tensors(device=DEVICE)
+    tensors.W_enc[3] = 1e37  # overflows where activations are about 100; below zero where they are -1
+    before = tensors.W_dec.clone()
+    step = kind(make_settings(), tensors)
+    batch = make_batches(1, 12, device=DEVICE)[0].abs() * 100
+    batch[:5] = -1
+    step.step(batch, rates(0))
+    step.wait()
+    assert step.not_finite() == NotFinite(0, 5)
+    assert torch.equal(tensors.W_dec, before)
+
+
+@pytest.mark.parametrize("changed", [{"clip_mode": "previous"}, {"clip": 0.0}], ids=str)
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_gradient_that_would_overflow_is_not_applied_without_its_norm(kind, changed):
+    tensors = make_tensors(device=DEVICE)
+    step = kind(make_settings(loss="mse", **changed), tensors)
+    batches = make_batches(3, 12, device=DEVICE)
+    step.step(batches[0], rates(0))
+    before = [t.clone() for t in (*tensors[:4], *tensors.moments["W_dec"], *tensors.moments["W_enc"])]
+    step.step(batches[1] * 1e18, rates(1))
+    step.step(batches[2], rates(2))
+    step.wait()
+    assert step.not_finite() is not None and step.not_finite().step == 1
+    after = [*tensors[:4], *tensors.moments["W_dec"], *tensors.moments["W_enc"]]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_continues_from_the_state_of_another_to_the_same_bits(kind):
+    settings, batches = make_settings(clip_mode="previous", clip=0.3), make_batches(3, 12, device=DEVICE)
+    first = make_tensors(device=DEVICE)
+    step = kind(settings, first)
+    for number in range(2):
+        step.step(batches[number], rates(number))
+    second = StepTensors(
+        *(t.clone() for t in first[:4]),
+        {name: (m.clone(), v.clone()) for name, (m, v) in first.moments.items()},
+        *(t.clone() for t in first[5:]),
+    )
+    other = kind(settings, second)
+    other.load_state({name: t.clone() for name, t in step.state().items()})
+    for each in (step, other):
+        each.step(batches[2], rates(2))
+    for a, b in zip((*first[:4], *first[5:]), (*second[:4], *second[5:]), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(step.state().values(), other.state().values(), strict=True))
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -202,8 +253,10 @@ def test_the_list_of_the_dead_is_as_long_as_it_must_be():
     tensors = make_tensors(F=600, device=DEVICE)
     step = TritonStep(settings, tensors)
     # 64 steps of 12 tokens: whoever has 232 by now may die before the next look
-    for at_risk, places in ((0, 0), (1, 256), (256, 256), (257, 512), (513, 600)):
+    for at_risk, length in ((0, 0), (1, 256), (256, 256), (257, 512), (513, 600)):
         tensors.tokens_since_fired.fill_(231)
         tensors.tokens_since_fired[:at_risk] = 232
         step._plan(0)
-        assert (0 if step._dead is None else len(step._dead.decoder)) == places
+        assert (0 if step._dead is None else len(step._dead.decoder)) == length
+    assert places(34_406) == 36_864
+    assert all(n <= places(n) <= max(n * 9 / 8, n + 256) for n in range(0, 120_000, 77))

@@ -281,7 +281,7 @@ def check(arch: int, jobs: dict[str, Job], figures: dict[str, dict], budget: dic
     }
     missed = [f"sm_{arch} {key}: not in the budget" for key in jobs if key not in listed]
     missed += [f"sm_{arch} {key}: in the budget, but no case launches it" for key in listed if key not in jobs]
-    for key in figures.keys() & listed.keys():
+    for key in sorted(figures.keys() & listed.keys()):
         missed += [f"sm_{arch} {key}: {what}" for what in over_budget(figures[key], listed[key])]
     return missed
 

@@ -5,7 +5,6 @@ Letters as in `fastdiff.kernels`: B tokens, M models of width D, C = M·D, F lat
 
 import functools
 from collections.abc import Callable
-from unittest import mock
 
 import torch
 from meta_step import meta_step
@@ -19,7 +18,6 @@ from fastdiff.kernels.normalize import normalize
 from fastdiff.kernels.row_gradients import weight_gradients
 from fastdiff.kernels.slots import Slots
 from fastdiff.kernels.topk import topk_slots_radix
-from fastdiff.kernels.triton_step import TritonStep
 from fastdiff.kernels.weighted_rows import weighted_rows_into
 
 META = torch.device("meta")
@@ -40,23 +38,7 @@ def integers(*shape: int) -> torch.Tensor:
 
 def step(size: tuple[int, ...], **changed) -> None:
     """All launches of a training step, with AuxK over a list of dead latents."""
-    with mock.patch.object(TritonStep, "__init__", _construct):
-        meta_step(*size, n_dead=min(size[3], N_DEAD), **changed)
-
-
-_init, _to = TritonStep.__init__, torch.Tensor.to
-
-
-def _construct(self, *args) -> None:
-    """The constructor may read from the device, launches may not; a meta tensor has nothing to read."""
-
-    def to_cpu_without_values(tensor, *args, **kwargs):
-        if tensor.is_meta and args[:1] == ("cpu",):
-            return torch.empty_like(tensor, device="cpu")
-        return _to(tensor, *args, **kwargs)
-
-    with mock.patch.object(torch.Tensor, "to", to_cpu_without_values):
-        _init(self, *args)
+    meta_step(*size, n_dead=min(size[3], N_DEAD), **changed)
 
 
 def batches(size: tuple[int, ...]) -> None:
