@@ -6,8 +6,9 @@ from fastdiff.kernels.backend import Backend, resolve_backend
 from fastdiff.kernels.selection import Selection
 
 
-def choose(backend: Backend, selection: Selection | None = None, **tensors: Tensor) -> str:
-    """The implementation that will run, on tensors that it can run on."""
+def choose(backend: Backend, selection: Selection | None = None, **given: Tensor | None) -> str:
+    """The implementation that will run, on the tensors that are given and that it can run on."""
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     devices = {name: tensor.device for name, tensor in tensors.items()}
     if selection is not None:
         devices["selection"] = selection.col.device

@@ -224,5 +224,6 @@ def _tile_for(x: Tensor, W_enc: Tensor) -> Tile:
     if any(width % 16 for width in W_enc.shape):
         return _TILE_ODD
     # the interpreter has no architecture
-    arch = None if x.device.type == "cpu" else triton.runtime.driver.active.get_current_target().arch
-    return _TILES.get(arch, _TILE)
+    if x.device.type == "cpu":
+        return _TILE
+    return _TILES.get(triton.runtime.driver.active.get_current_target().arch, _TILE)

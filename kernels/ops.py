@@ -98,7 +98,7 @@ def topk(score: Tensor, k: int, *, scale: Tensor | None = None, backend: Backend
     """
     _check_k(score, k)
     _check_scale(score, scale)
-    chosen = choose(backend, score=score, **({} if scale is None else {"scale": scale}))
+    chosen = choose(backend, score=score, scale=scale)
     if chosen == "dense":
         return Selection.from_mask(reference.select_topk(_scaled(score, scale), k))
     return (_topk.topk_triton if chosen == "triton" else _topk.topk)(score, k, scale)
@@ -128,7 +128,7 @@ def batchtopk(
     """
     _check_k(score, k)
     _check_scale(score, scale)
-    chosen = choose(backend, score=score, **({} if scale is None else {"scale": scale}))
+    chosen = choose(backend, score=score, scale=scale)
     if chosen == "dense":
         score = _scaled(score, scale)
         mask = reference.select_batchtopk(score, k)
@@ -350,7 +350,7 @@ def _by_latent_if_needed(selection: Selection, *weights: Tensor) -> tuple[Tensor
 
 def _by_latent(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     # cached_property holds a lock on Python 3.11, which torch.compile cannot trace
-    by = Selection.by_latent.func(selection) if torch.compiler.is_compiling() else selection.by_latent
+    by = selection.sort_by_latent() if torch.compiler.is_compiling() else selection.by_latent
     return by.order, by.start, by.row
 
 

@@ -43,7 +43,11 @@ class Selection:
 
     @cached_property
     def by_latent(self) -> ByLatent:
-        """The entries grouped by latent."""
+        """The entries grouped by latent; sorted once."""
+        return self.sort_by_latent()
+
+    def sort_by_latent(self) -> ByLatent:
+        """The entries grouped by latent, sorted anew."""
         latents, order = self.col.sort(stable=True)
         edges = torch.arange(self.dict_size + 1, device=self.col.device)
         return ByLatent(order, torch.searchsorted(latents, edges), self.row[order])
