@@ -98,15 +98,15 @@ class DeadLatents(NamedTuple):
         bias = torch.where(self.latents[:n] < F, b_enc[latents], -torch.inf)  # unused places never fire
         scale = code_norm[latents]
         W_enc_dead = W_enc[latents] if pre is None else W_enc
-        B = len(x)
-        for at in range(0, B, max(1, _CHUNK // n)):
-            chunk = slice(at, min(B, at + max(1, _CHUNK // n)))
+        size = max(1, _CHUNK // n)
+        chunks = [slice(at, min(len(x), at + size)) for at in range(0, len(x), size)]
+        for chunk in chunks:
             if pre is not None:
                 f = torch.index_select(pre[chunk], 1, latents)
             else:
-                f = torch.empty(chunk.stop - at, n, device=x.device)
+                f = torch.empty(chunk.stop - chunk.start, n, device=x.device)
                 matmul_into(f, x[chunk], W_enc_dead.T)
-            valid = torch.arange(at, chunk.stop, device=x.device) < n_valid
+            valid = torch.arange(chunk.start, chunk.stop, device=x.device) < n_valid
             f = f.add_(bias).relu_().mul_(valid[:, None])
             if n > k:
                 mask_topk(f, scale, k)
@@ -117,8 +117,7 @@ class DeadLatents(NamedTuple):
         share = torch.where(spread > 0, coef / (n_total * spread), 0.0)
         u = (miss * (2 * share)).to(x.dtype)
         self.rows.dec.addmm_(self.f.T, u)
-        for at in range(0, B, max(1, _CHUNK // n)):
-            chunk = slice(at, min(B, at + max(1, _CHUNK // n)))
+        for chunk in chunks:
             self.f[chunk] = torch.where(self.f[chunk] > 0, u[chunk] @ self.decoder.T, 0.0)
         self.rows.enc.addmm_(self.f.T, x)
         self.rows.bias.add_(self.f.sum(dim=0, dtype=torch.float32))
