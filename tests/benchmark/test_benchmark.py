@@ -32,6 +32,13 @@ def test_every_step_is_measured(found):
     assert [row["repeats"] for row in found.steps] == [True, None, None]
 
 
+def test_sizes_of_ones_own_may_leave_no_room_for_rows_of_different_lengths():
+    sizes = {"batch_size": 64, "d_model": 8, "dict_size": 64, "k": 64}
+    found = benchmark_command("C", sizes, "cpu", 0, precision="auto", moments="float32", n=1, progress=SILENT)
+    assert found.spread.row_std < 0.6
+    assert found.verdict.startswith("What limits the step: ")
+
+
 def test_the_parts_are_all_of_the_step(found):
     assert sum(row["share"] for row in found.parts) == pytest.approx(1)
     assert {"encoder", "selection", "decode", "update"} <= {row["part"] for row in found.parts}
