@@ -27,7 +27,8 @@ def explained(crosscoder: Crosscoder, x: Tensor, k: int) -> float:
     double = copy.deepcopy(crosscoder).double()
     x = x.to(double.b_enc)
     pre = double.pre_activations(x)
-    pairs, _ = ops.batchtopk(pre.relu() * double.code_norm(), k)
+    # the selection kernels take no float64
+    pairs, _ = ops.batchtopk(pre.relu() * double.code_norm(), k, backend="torch")
     error = x - double.decode(pre[pairs.row, pairs.col], pairs)
     return 1 - float(error.square().sum() / (x - x.mean(dim=0)).square().sum())
 

@@ -3,9 +3,9 @@
     normalize → encoder product → selection → decode + loss + gradient of the activations          per micro-batch
     → pairs by latent → norm of the gradient → gradient and Adam of both weights, per latent, in registers
 
-Nothing waits for the device: what changes from step to step is copied to it in one piece, what a step measures is
-added up there, and every large buffer is allocated once. So a CUDA graph can replay a step: the first step after a
-change of shape runs eagerly (kernels compile then), the next is captured, the rest are replayed.
+No step waits for itself or the one before: what changes from step to step is copied to the device in one piece, what a
+step measures is added up there, and every large buffer is allocated once. So a CUDA graph can replay a step: the first
+after a change of shape runs eagerly (kernels compile then), the next is captured, the rest are replayed.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,10 @@ _DEAD_UNIT = 256
 
 
 class TritonStep:
-    """Runs steps on `tensors` without waiting for them; `wait`, `figures` and a look at the dead now and then do."""
+    """Runs steps on `tensors`, two ahead of the device at most.
+
+    `wait`, `figures` and, every 64 steps, a look at how many latents may die wait for all of them.
+    """
 
     def __init__(self, settings: StepSettings, tensors: StepTensors):
         tensors.check(settings)
