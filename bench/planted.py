@@ -17,7 +17,7 @@ import torch
 
 from fastdiff.analyze.analyze import analyze
 from fastdiff.config import AnalyzeConfig, TrainConfig
-from fastdiff.crosscoder.checkpoint import load_crosscoder
+from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.train import train
 from fastdiff.demo.planted import planted_activations, recovered
 from fastdiff.store.writer import StoreWriter

@@ -2,7 +2,7 @@
 
 Precedence: option > FASTDIFF_<COMMAND>_<OPTION> > configuration file > default. Results go to stdout, everything
 else to stderr. Exit codes: 0 ok, 1 failure, 2 usage, 3 bad input, 4 out of a resource, 5 remote service,
-6 locked, 130 interrupted, 143 terminated.
+6 locked, 129 terminal closed while training, 130 interrupted, 143 terminated.
 """
 
 import errno
@@ -111,13 +111,11 @@ def train(
     fastdiff train acts/ -o run/ --dict-size 32768 --k 100 --steps 20000
     """
     from fastdiff.config import TrainConfig
-    from fastdiff.crosscoder.train import train as train_crosscoder
+    from fastdiff.crosscoder.train import train_seeds
 
     config = resolve(TrainConfig, "train", config_file, settings, given)
-    directory = train_crosscoder(
-        store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite
-    )
-    print_result(as_json, str(directory), run=out, crosscoder=directory)
+    directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
+    print_result(as_json, "\n".join(map(str, directories)), run=out, crosscoder=directories[0], crosscoders=directories)
 
 
 @cli.command(cls=StageCommand)
@@ -140,7 +138,7 @@ def analyze(
     config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
     directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
     summary = read_json(directory / "summary.json")
-    shown = {key: summary[key] for key in ("classes", "specific", "never_fired", "quality")}
+    shown = {key: summary[key] for key in ("classes", "specific", "never_fired", "stability", "quality")}
     print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown)
 
 
@@ -371,6 +369,7 @@ def _terminated(_signal: int, _frame: Any) -> NoReturn:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
     from fastdiff.errors import FastdiffError
+    from fastdiff.memory import is_out_of_memory
 
     signal.signal(signal.SIGTERM, _terminated)
     # read when torch loads OpenMP: threads that spin while they wait made tiny steps 7 to 12 times slower on a
@@ -395,9 +394,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        # torch's are RuntimeErrors: a class of its own on CUDA, a message on the CPU
-        out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not out and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         click.echo("Error: out of memory; lower --batch-size or --dict-size", err=True)
         sys.exit(4)

@@ -5,9 +5,9 @@ file (YAML) has one section per stage with the same names; an unknown key is an 
 """
 
 import json
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastdiff.errors import OptionError
 
@@ -16,6 +16,17 @@ StoreDtype = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _split(value: Any) -> Any:
+    """A comma-separated string, as the command line gives it, in parts."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else value
+
+
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split)]
+Fractions = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_split)]
 # a default that depends on other fields: the template shows it as a comment
 _DERIVED: dict[str, Any] = {"derived": True}
 
@@ -71,6 +82,16 @@ class ExtractConfig(StageConfig):
 class TrainConfig(StageConfig):
     """The crosscoder and how it is trained. Defaults follow Minder et al. 2025, arXiv:2504.02922."""
 
+    # how often training looks, writes and reports: no weight depends on it, so it may change when a run is continued
+    WATCHING: ClassVar[frozenset[str]] = frozenset(
+        {"check_reads", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "eval_tokens"}
+    )
+
+    inputs: str = Field(
+        "all",
+        coerce_numbers_to_str=True,
+        description="What is reconstructed: all models, some by number (0 or 0,2), or the difference tuned - base.",
+    )
     activation: Literal["batchtopk", "topk", "jumprelu", "relu"] = Field("batchtopk", description="Which latents fire.")
     dict_size: PositiveInt = Field(32768, description="Dictionary size F: number of latents.")
     k: PositiveInt = Field(100, description="Active latents per token (for jumprelu the L0 that is aimed at).")
@@ -84,9 +105,12 @@ class TrainConfig(StageConfig):
         json_schema_extra=_DERIVED,
         description="Steps over which the learning rate rises linearly; unless given, at most a tenth.",
     )
-    decay_steps: NonNegativeInt = Field(0, description="Last steps, over which it falls linearly to 0.")
+    decay_steps: NonNegativeInt = Field(0, description="Last steps, over which it falls to 0.")
+    decay: Literal["linear", "cosine"] = Field("linear", description="Shape of that fall.")
     micro_batch: PositiveInt | None = Field(
-        None, description="Tokens selected from together, a divisor of batch-size; unless given, all of the batch."
+        None,
+        description="Tokens in memory at a time, a divisor of batch-size; unless given, all of the batch. BatchTopK "
+        "selects within them.",
     )
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 turns clipping off.")
     clip_mode: Literal["exact", "previous"] = Field(
@@ -100,8 +124,36 @@ class TrainConfig(StageConfig):
     dead_tokens: PositiveInt = Field(
         10_000_000, description="A latent that has not fired for this many tokens is dead."
     )
+    code_norm: Literal["crosscoder", "sae", "none"] = Field(
+        "crosscoder",
+        description="What an activation is multiplied by where latents are ranked or penalised: the sum of its decoder "
+        "norms, the norm of all decoders together, or nothing.",
+    )
+    multi_topk_coef: float = Field(
+        0.0, ge=0, description="Weight of the reconstruction by 4k latents (TopK, BatchTopK); 0.125 where it is used."
+    )
+    matryoshka: Fractions = Field(
+        (), description="Shares of the dictionary whose first latents must reconstruct alone too, such as 0.125,0.5."
+    )
+    delta_coef: float = Field(0.0, ge=0, description="Weight of the error of each model's difference to the first.")
+    shared_latents: NonNegativeInt = Field(
+        0, description="First latents, whose decoders are the same for all models (designated shared)."
+    )
+    shared_penalty: float = Field(
+        0.1, gt=0, le=1, description="Penalty of those relative to the others' (relu; jumprelu with l0 or tanh)."
+    )
+    exclusive: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of the dictionary that only one model reads and writes, for each model."
+    )
     l1_coef: float = Field(0.05, ge=0, description="Weight of the L1 penalty (relu).")
-    l0_coef: float = Field(1.0, ge=0, description="Weight of (L0/k - 1)^2 (jumprelu).")
+    sparsity: Literal["target", "l0", "tanh"] = Field(
+        "target", description="Penalty of jumprelu: (L0/k - 1)^2, L0, or tanh of the activations."
+    )
+    l0_coef: float = Field(1.0, ge=0, description="Weight of that penalty (jumprelu).")
+    tanh_scale: float = Field(4.0, gt=0, description="Steepness of the tanh penalty (jumprelu).")
+    preact_coef: float = Field(
+        0.0, ge=0, description="Weight of what pre-activations lack to the threshold (jumprelu); costs dense products."
+    )
     bandwidth: float = Field(0.3, gt=0, description="Width of the straight-through window (jumprelu).")
     sparsity_warmup_steps: NonNegativeInt = Field(
         1000,
@@ -142,9 +194,18 @@ class TrainConfig(StageConfig):
     moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="Adam's moments; bfloat16 (CUDA only) halves their memory."
     )
+    calibrate_tokens: NonNegativeInt = Field(
+        100_000,
+        description="Training tokens on which the inference threshold is set at the end so that k latents fire "
+        "(batchtopk); 0 leaves it at the running mean.",
+    )
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest are kept.")
+    eval_every: NonNegativeInt = Field(0, description="Steps between evaluations on held-out rows; 0: only at the end.")
+    eval_tokens: PositiveInt = Field(100_000, description="Held-out rows that one of those looks at.")
     log_every: PositiveInt = Field(50, description="Steps between lines in events.jsonl.")
     seed: Seed = Field(0, description="Initialisation of the weights.")
+    seeds: Seeds = Field((), description="Several seeds at once, over one pass of the data, such as 0,1,2.")
     data_seed: Seed = Field(0, description="Order of the data.")
     threads: NonNegativeInt = Field(0, description="CPU threads; 0 is what torch chooses.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
@@ -162,6 +223,14 @@ class TrainConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not set(self.inputs) <= set("0123456789,") and self.inputs not in ("all", "difference"):
+            raise ValueError(f"inputs must be all, difference or numbers of models such as 0,2, got {self.inputs!r}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {','.join(map(str, self.seeds))}")
+        if list(self.matryoshka) != sorted(set(self.matryoshka)):
+            raise ValueError(f"matryoshka must rise, got {','.join(map(str, self.matryoshka))}")
+        if self.shared_latents > self.dict_size:
+            raise ValueError(f"shared_latents must not exceed dict_size={self.dict_size}, got {self.shared_latents}")
         if self.k > self.dict_size:
             raise ValueError(f"k must lie in [1, dict_size={self.dict_size}], got {self.k}")
         if self.k_start is not None and not self.k <= self.k_start <= self.dict_size:
@@ -175,6 +244,14 @@ class TrainConfig(StageConfig):
             )
         return self
 
+    def of_seed(self, seed: int) -> Self:
+        """The configuration of a solo run of one of `seeds`."""
+        return self.model_copy(update={"seed": seed, "seeds": ()})
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights depend on, as JSON values."""
+        return self.model_dump(mode="json", exclude={*self.WATCHING, "seeds"})
+
 
 class AnalyzeConfig(StageConfig):
     """How latents are measured and shown."""
@@ -187,6 +264,12 @@ class AnalyzeConfig(StageConfig):
     cards: PositiveInt = Field(400, description="Latents that get examples, the most specific first.")
     nu_error_max: float = Field(0.2, gt=0, description="Specific: |nu_error| is below this.")
     nu_reconstruction_max: float = Field(0.5, gt=0, description="Specific: |nu_reconstruction| is below this.")
+    stable_cosine: float = Field(
+        0.7, gt=0, le=1, description="Stable: a latent of another seed has a decoder cosine of at least this."
+    )
+    stable_coactivation: float = Field(
+        0.5, gt=0, le=1, description="Stable: and their activations a cosine of at least this."
+    )
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
 
 

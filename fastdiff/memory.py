@@ -21,6 +21,12 @@ def memory_available() -> int:
     return max(0, min(free, memory_limit() - used))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an error says that memory ran out: Python's, CUDA's, or torch's on a CPU, which is known by its text."""
+    kinds = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kinds or "can't allocate memory" in str(error)
+
+
 def _group_limits() -> Iterator[int]:
     """Limits of the control groups this process is in, version 1 and 2, and of those above them."""
     for line in _lines(Path("/proc/self/cgroup")):

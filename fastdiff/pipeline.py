@@ -36,8 +36,9 @@ def label_pair(
     """
     extract(config.extract, store, progress, resume=resume, overwrite=overwrite)
     train(store, run, config.train, progress, resume=resume, overwrite=overwrite)
-    # the crosscoder that is analysed is the one just trained
-    analyze(run, config.analyze.model_copy(update={"train_seed": config.train.seed}), progress)
+    # the crosscoder that is analysed is the one just trained, or the first of several
+    seed = (config.train.seeds or (config.train.seed,))[0]
+    analyze(run, config.analyze.model_copy(update={"train_seed": seed}), progress)
     annotate(run, config.annotate, progress)
 
 

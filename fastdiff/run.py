@@ -69,7 +69,7 @@ def fsync_directory(path: Path) -> None:
 
 
 @contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
+def full_disk(path: Path) -> Iterator[None]:
     """Say in one line that the disk, or the user's share of it, is full."""
     try:
         yield
@@ -90,7 +90,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with _full_disk(path):
+        with full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             fd = os.open(temporary, os.O_RDONLY)
@@ -143,7 +143,7 @@ def locked(directory: Path) -> Iterator[None]:
         ResourceError: The disk is full.
     """
     try:
-        with _full_disk(directory):
+        with full_disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
             lock = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
@@ -275,7 +275,7 @@ class Events:
             ResourceError: The disk is full.
         """
         line = {"time": round(time.time(), 3), "stage": stage, **facts}
-        with _full_disk(self._path), self._path.open("a", encoding="utf-8") as f:
+        with full_disk(self._path), self._path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
 
 

@@ -53,9 +53,9 @@ def trained(monkeypatch, tmp_path):
 
     def train(store, out, config, progress, **options):
         calls.append((config, options))
-        return out / "crosscoder"
+        return [out / "crosscoder"]
 
-    monkeypatch.setattr("fastdiff.crosscoder.train.train", train)
+    monkeypatch.setattr("fastdiff.crosscoder.train.train_seeds", train)
     (tmp_path / "acts").mkdir()
     return calls
 
@@ -267,7 +267,7 @@ class TestRefusals:
         def train(*_arguments, **_options):
             raise error
 
-        monkeypatch.setattr("fastdiff.crosscoder.train.train", train)
+        monkeypatch.setattr("fastdiff.crosscoder.train.train_seeds", train)
         with pytest.raises(SystemExit) as ended:
             main(["train", str(tmp_path / "acts"), "-o", str(tmp_path / "run")])
         err = capsys.readouterr().err
@@ -287,14 +287,15 @@ class TestOutput:
             "schema": 1,
             "run": str(tmp_path / "run"),
             "crosscoder": str(tmp_path / "run" / "crosscoder"),
+            "crosscoders": [str(tmp_path / "run" / "crosscoder")],
         }
 
     def test_progress_goes_to_stderr_and_quiet_silences_it(self, fastdiff, monkeypatch, trained, tmp_path):
         def train(store, out, config, progress, **options):
             progress.say("half way")
-            return out
+            return [out]
 
-        monkeypatch.setattr("fastdiff.crosscoder.train.train", train)
+        monkeypatch.setattr("fastdiff.crosscoder.train.train_seeds", train)
         command = ["train", tmp_path / "acts", "-o", tmp_path / "run"]
         assert fastdiff(*command) == (0, f"{tmp_path / 'run'}\n", "half way\n")
         for silent in (["-q"], ["--progress", "off"]):

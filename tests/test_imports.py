@@ -25,7 +25,7 @@ ROWS = [
     {"crosscoder", "extract"},
     {"store"},
     {"run"},
-    {"progress", "device", "memory"},
+    {"progress", "device", "memory", "interrupt"},
     {"config"},
     {"errors"},
     {"kernels", "_native"},

@@ -2,21 +2,27 @@
 
 <run>/analysis/
     latents.csv          one row per latent; `COLUMNS` says what each column means
-    summary.json         counts by class, quality on held-out rows, Δ_norm histogram, what the columns mean
+    summary.json         counts by class, quality on held-out rows, Δ_norm histogram, how many latents other seeds
+                         have too, what the columns mean
     firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
     examples.sqlite      see `fastdiff.analyze.examples`
+
+`stability` of summary.json, null without other seeds to compare with: {"seeds": [1, 2], "tokens": 50000,
+"min_cosine": 0.7, "min_coactivation": 0.5, "observed": latents that fired on those tokens, "stable": those of them that
+at least half of the seeds have, "exclusive": latents of one model (by class or latent scaling) among the observed,
+"exclusive_stable": among the stable}.
 """
 
 import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fastdiff import run as rundir
@@ -24,10 +30,12 @@ from fastdiff.analyze.classes import CLASSES, classify, decoder_cosine, delta_no
 from fastdiff.analyze.examples import display, write_examples
 from fastdiff.analyze.firing import Firing
 from fastdiff.analyze.scaling import TARGETS, ScalingSums, nu
+from fastdiff.analyze.stability import sample, stability
 from fastdiff.config import AnalyzeConfig
-from fastdiff.crosscoder.checkpoint import load_crosscoder
 from fastdiff.crosscoder.metrics import Quality, evaluate
 from fastdiff.crosscoder.model import Crosscoder
+from fastdiff.crosscoder.rows import evaluation_batches, evaluation_groups, evaluation_rows
+from fastdiff.crosscoder.saved import CONFIG, load_crosscoder
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
@@ -59,11 +67,15 @@ COLUMNS = {
     "beta_activation_tuned": "β of the tuned model's activation along it",
     "mean_activation": "mean of f·(norm_base + norm_tuned) over the tokens on which it fires",
     "top_tokens": "JSON list of the tokens on which it fires most strongly, one per document, no token twice",
+    "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
+    "other seeds, or if it fired on none of the tokens compared",
 }
 OUTPUTS = ["latents.csv", "summary.json", "firing.safetensors", "examples.sqlite"]
 # share of the cards that show latents both models have, as a control for the reader and the annotator
 _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
+# a latent is stable if this share of the other seeds has it too: one that failed to train decides nothing among many
+_STABLE_SHARE = 0.5
 _WITHOUT = {
     "sequence_ids": "every row counts as a document of its own, and no examples are shown",
     "token_ids": "no examples are shown",
@@ -90,12 +102,14 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
     source, target = directory_of(run, config.train_seed), run / "analysis"
     settings = config.model_dump()
     with rundir.locked(run):
-        others = sorted(path.parent.name for path in run.glob(f"crosscoder/seed-*/{rundir.DONE}"))
-        if others and source.name not in others:
-            seeds = ", ".join(name.removeprefix("seed-") for name in others)
+        finished = _finished_seeds(run)
+        if finished and config.train_seed not in finished:
+            seeds = ", ".join(map(str, finished))
             raise InputError(f"{run}: has no crosscoder of seed {config.train_seed}; choose --train-seed {seeds}")
         trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
         inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
+        others, hashes = _comparable(run, finished, config.train_seed, inputs["store"], progress)
+        inputs |= hashes
         if rundir.is_done(target, "analyze", settings, inputs):
             progress.say(f"analyze: {target} is up to date")
             return target
@@ -107,10 +121,51 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
             if store.sha256() != inputs["store"]:
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
             rundir.begin(target)
-            _analyze(store, crosscoder, facts, config, target, progress)
+            _analyze(store, crosscoder, facts, others, config, target, progress)
         rundir.record(run, "analyze", settings)
         rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
     return target
+
+
+def _finished_seeds(run: Path) -> dict[int, Path]:
+    """The crosscoders of a run, by seed."""
+    directories = (path.parent for path in run.glob(f"crosscoder/seed-*/{rundir.DONE}"))
+    seeds = {directory.name.removeprefix("seed-"): directory for directory in directories}
+    return {int(seed): seeds[seed] for seed in sorted(filter(str.isdecimal, seeds), key=int)}
+
+
+def _comparable(
+    run: Path, finished: dict[int, Path], seed: int, store_sha256: str, progress: Progress
+) -> tuple[dict[int, Path], dict[str, str]]:
+    """Other seeds whose latents live in the same space, so that they can be matched, and the hashes of their weights.
+
+    A seed that was trained on something else is left out, and that is said.
+    """
+    others, hashes = {}, {}
+    mine = _space(rundir.read_json(directory_of(run, seed) / CONFIG))
+    for other, directory in finished.items():
+        if other == seed:
+            continue
+        trained = rundir.require_done(directory, f"fastdiff train STORE -o {run} --seed {other}")
+        space = _space(rundir.read_json(directory / CONFIG))
+        differ = ["store"] * (trained["inputs"]["store"] != store_sha256)
+        differ += [name for name, value in space.items() if value != mine[name]]
+        if differ:
+            progress.say(f"analyze: {directory}: of another {differ[0]}, so no latent is compared with its latents")
+            continue
+        others[other], hashes[f"seed-{other}"] = directory, trained["outputs"]["model.safetensors"]
+    return others, hashes
+
+
+def _space(facts: dict[str, Any]) -> dict[str, Any]:
+    """What decides, beside the store, which space decoder rows live in."""
+    settings = facts["train"]
+    return {
+        "number of models": facts["n_models"],
+        "width": facts["d_model"],
+        "--inputs": settings.get("inputs", "all"),
+        "--normalize": settings["normalize"],
+    }
 
 
 def _store_of(run: Path) -> Path:
@@ -125,6 +180,7 @@ def _analyze(
     store: ActivationStore,
     crosscoder: Crosscoder,
     facts: dict[str, Any],
+    others: dict[int, Path],
     config: AnalyzeConfig,
     target: Path,
     progress: Progress,
@@ -133,9 +189,11 @@ def _analyze(
     for column, lack in _WITHOUT.items():
         if store.column(column) is None:
             progress.say(f"analyze: the store has no {column}: {lack}")
-    sums, firing, n_tokens, totals = _pass(store, crosscoder, n_rows, config, progress)
-    table = _latent_table(crosscoder, sums, firing, n_tokens, config)
+    rows = _usable(store, n_rows)
+    sums, firing, totals = _pass(store, crosscoder, n_rows, rows, config, progress)
+    table = _latent_table(crosscoder, sums, firing, len(rows), config)
     table["top_tokens"] = _top_tokens(store, firing)
+    table["stability"], stable = _stability(store, crosscoder, others, rows, table, config, progress)
     quality, held_out = _quality(store, crosscoder, facts, config)
     chosen = _choose(table, config)
     write_examples(
@@ -164,7 +222,7 @@ def _analyze(
         target / "summary.json",
         {
             "schema": rundir.SCHEMA,
-            "n_tokens": n_tokens,
+            "n_tokens": len(rows),
             "dict_size": crosscoder.dict_size,
             "activation": crosscoder.activation,
             "k": crosscoder.k,
@@ -172,7 +230,8 @@ def _analyze(
             "classes": {name: int((table["class"][fired] == name).sum()) for name in CLASSES},
             "specific": {side: int((table["specific"] == side).sum()) for side in ("base", "tuned")},
             "never_fired": int((~fired).sum()),
-            "quality": {**_numbers(asdict(quality)), "rows": held_out},
+            "stability": stable,
+            "quality": {**quality.facts(), "rows": held_out},
             "delta_norm_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "sources": [s.model_dump() for s in store.meta.sources or []],
             "tokens_by_source": totals["tokens"],
@@ -192,10 +251,24 @@ def _analyze(
     )
 
 
+def _usable(store: ActivationStore, n_rows: int) -> NDArray[np.int64]:
+    """Which of the first rows are not BOS."""
+    rows = store.usable_rows()
+    rows = np.arange(n_rows) if rows is None else rows[rows < n_rows]
+    if not len(rows):
+        raise InputError(f"{store.path}: no row to analyse among the first {n_rows}; raise --max-tokens")
+    return rows
+
+
 def _pass(
-    store: ActivationStore, crosscoder: Crosscoder, n_rows: int, config: AnalyzeConfig, progress: Progress
-) -> tuple[ScalingSums, Firing, int, dict[str, list[int]]]:
-    """Read the store once, in order, in batches of whole documents."""
+    store: ActivationStore,
+    crosscoder: Crosscoder,
+    n_rows: int,
+    rows: NDArray[np.int64],
+    config: AnalyzeConfig,
+    progress: Progress,
+) -> tuple[ScalingSums, Firing, dict[str, list[int]]]:
+    """Read the first rows of the store once, in order, in batches of whole documents; `rows` are the usable ones."""
     sources, roles = store.column("sources"), store.column("roles")
     n_sources, n_roles = len(store.meta.sources or [None]), len(store.meta.roles or [None])
     nothing = np.zeros(n_rows, np.int64)
@@ -203,13 +276,8 @@ def _pass(
     roles = nothing if roles is None else roles[:n_rows].astype(np.int64)
     documents = store.column("sequence_ids")
     documents = np.arange(n_rows) if documents is None else documents[:n_rows]
-    usable = np.ones(n_rows, bool)
-    rows = store.usable_rows()
-    if rows is not None:
-        usable[:] = False
-        usable[rows[rows < n_rows]] = True
-    if not usable.any():
-        raise InputError(f"{store.path}: no row to analyse among the first {n_rows}; raise --max-tokens")
+    usable = np.zeros(n_rows, bool)
+    usable[rows] = True
     sums = ScalingSums.zeros(crosscoder.dict_size, store.n_models)
     firing = Firing.zeros(crosscoder.dict_size, n_sources, n_roles, config.examples)
     norm = crosscoder.code_norm().detach().double()
@@ -240,7 +308,7 @@ def _pass(
         "tokens": np.bincount(sources[usable], minlength=n_sources).tolist(),
         "documents": np.bincount(sources[first_of_document], minlength=n_sources).tolist(),
     }
-    return sums, firing, int(usable.sum()), totals
+    return sums, firing, totals
 
 
 def _document_batches(documents: np.ndarray, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -303,6 +371,50 @@ def _top_tokens(store: ActivationStore, firing: Firing) -> np.ndarray:
     return np.array(lists)
 
 
+def _stability(
+    store: ActivationStore,
+    crosscoder: Crosscoder,
+    others: dict[int, Path],
+    rows: NDArray[np.int64],
+    table: dict[str, np.ndarray],
+    config: AnalyzeConfig,
+    progress: Progress,
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The column, and what summary.json says of it."""
+    if not others:
+        return np.full(crosscoder.dict_size, np.nan), None
+    rows = sample(rows)
+    share = stability(
+        crosscoder,
+        list(others.values()),
+        store,
+        rows,
+        batch_size=config.batch_size,
+        min_cosine=config.stable_cosine,
+        min_coactivation=config.stable_coactivation,
+        progress=progress,
+    )
+    observed = np.isfinite(share)
+    exclusive = observed & (_exclusive(table, "base") | _exclusive(table, "tuned"))
+    counts = {
+        "observed": int(observed.sum()),
+        "stable": int((share[observed] >= _STABLE_SHARE).sum()),
+        "exclusive": int(exclusive.sum()),
+        "exclusive_stable": int((share[exclusive] >= _STABLE_SHARE).sum()),
+    }
+    progress.say(
+        f"analyze: compared with seed {', '.join(map(str, others))}, {counts['exclusive_stable']} of "
+        f"{counts['exclusive']} latents of one model are stable, {counts['stable']} of {counts['observed']} of all"
+    )
+    thresholds = {"min_cosine": config.stable_cosine, "min_coactivation": config.stable_coactivation}
+    return share, {"seeds": list(others), "tokens": len(rows), **thresholds, **counts}
+
+
+def _exclusive(table: dict[str, np.ndarray], side: str) -> np.ndarray:
+    """Latents that fire and that only one model has, by class or by latent scaling."""
+    return (table["count"] > 0) & ((table["specific"] == side) | (table["class"] == f"{side}_only"))
+
+
 def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, str]:
     """Latents that get a card: exclusive ones, the most often active first, and a control of shared ones."""
     fired = table["count"] > 0
@@ -310,8 +422,7 @@ def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, st
     n_control = int(config.cards * _CONTROL_SHARE)
     mass = np.nan_to_num(table["count"] * table["mean_activation"])
     for side in ("tuned", "base"):
-        exclusive = fired & ((table["specific"] == side) | (table["class"] == f"{side}_only"))
-        picked = np.flatnonzero(exclusive)
+        picked = np.flatnonzero(_exclusive(table, side))
         picked = picked[np.argsort(-mass[picked], kind="stable")][: (config.cards - n_control) // 2]
         chosen |= {int(latent): side for latent in picked}
     shared = np.flatnonzero(fired & (table["class"] == "shared") & (table["specific"] == ""))
@@ -326,14 +437,9 @@ def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, st
 def _quality(
     store: ActivationStore, crosscoder: Crosscoder, facts: dict[str, Any], config: AnalyzeConfig
 ) -> tuple[Quality, str]:
-    start = store.n_train(facts["train"]["holdout"])
-    held_out = start < store.n_rows
-    rows = np.arange(start if held_out else 0, store.n_rows)
-    usable = store.usable_rows()
-    rows = rows if usable is None else np.intersect1d(rows, usable)
-    size = config.batch_size
-    batches = (store.rows(rows[i : i + size]) for i in range(0, len(rows), size))
-    return evaluate(crosscoder, batches), "held out" if held_out else "all"
+    rows, name = evaluation_rows(store, facts["train"]["holdout"])
+    batches = evaluation_batches(store, rows, config.batch_size, groups=True)
+    return evaluate(crosscoder, batches, evaluation_groups(store)), "held out" if name == "held-out" else "all"
 
 
 def _csv(table: dict[str, np.ndarray]) -> str:
@@ -350,11 +456,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, np.floating):
         return f"{value:.9g}" if np.isfinite(value) else ""
     return str(value)
-
-
-def _numbers(facts: dict[str, Any]) -> dict[str, Any]:
-    """NaN is not JSON: it becomes null."""
-    return {
-        k: [None if v != v else v for v in value] if isinstance(value, list) else (None if value != value else value)
-        for k, value in facts.items()
-    }

@@ -6,14 +6,13 @@ from torch import Tensor
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import schedule
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.trainer import Trainer
+from fastdiff.crosscoder.trainer import Trainer, add_figures
 from fastdiff.errors import FastdiffError, OptionError
 from fastdiff.kernels.backend import resolve_backend
 from fastdiff.kernels.step import Figures, NotFinite, StepRates, StepSettings, StepTensors
 from fastdiff.kernels.torch_step import TorchStep
 from fastdiff.kernels.triton_step import TritonStep
 
-_FUSED = ("batchtopk", "topk")
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -29,9 +28,11 @@ class FusedTrainer:
     def __init__(self, crosscoder: Crosscoder, config: TrainConfig):
         F = crosscoder.dict_size
         device = crosscoder.b_enc.device
-        if config.activation not in _FUSED:
-            raise ValueError(f"activation {config.activation!r} has no fused step; use Trainer")
+        why_not = why_not_fused(config)
+        if why_not is not None:
+            raise ValueError(f"{why_not} has no fused step; use Trainer")
         self.crosscoder, self.config = crosscoder, config
+        self._kept = list[Figures]()
         self.step_number = 0
         weights = {name: getattr(crosscoder, name).detach() for name in _NAMES}
         # biases are few: their moments stay float32
@@ -48,13 +49,26 @@ class FusedTrainer:
             input_mean=crosscoder.input_mean,
             input_scale=crosscoder.input_scale,
         )
-        micro = config.micro_batch or config.batch_size
+        self.back_off(config.micro_batch or config.batch_size)
+
+    def back_off(self, micro_batch: int) -> None:
+        """From now on hold this many tokens at a time.
+
+        Raises:
+            OptionError: An option does not go with the device.
+        """
+        config, state = self.config, None
+        device = self.crosscoder.b_enc.device
+        if hasattr(self, "_step"):
+            self._kept.append(self._step.figures())
+            state = self._step.state()
+            del self._step  # its buffers make room for the new ones
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if device.type == "cuda" else "float32"
         settings = StepSettings(
-            n_tokens=micro,
-            n_micro=config.batch_size // micro,
+            n_tokens=micro_batch,
+            n_micro=config.batch_size // micro_batch,
             k_max=max(config.k, config.k_start or 0),
             selection="batchtopk" if config.activation == "batchtopk" else "topk",
             loss=config.loss,
@@ -71,6 +85,9 @@ class FusedTrainer:
             self._step: TritonStep | TorchStep = kind(settings, self._tensors)
         except ValueError as error:
             raise OptionError(str(error)) from error
+        self.micro_batch = micro_batch
+        if state is not None:
+            self._step.load_state(state)
 
     @property
     def k(self) -> int:
@@ -83,7 +100,7 @@ class FusedTrainer:
         return self._tensors.tokens_since_fired
 
     def step(self, batch: Tensor) -> None:
-        """One update on stored activations [N, M, D], N at most `batch_size`.
+        """One update on stored activations [N, M_stored, D], N at most `batch_size`.
 
         Raises:
             FastdiffError: A number was not finite, in this step or, on CUDA, in one not long ago.
@@ -95,7 +112,7 @@ class FusedTrainer:
             lr=schedule.rate_at(t, config),
             threshold_memory=schedule.threshold_memory(t, config),
         )
-        self._step.step(batch, rates)
+        self._step.step(self.crosscoder.take(batch), rates)
         self._stop_at(self._step.not_finite())
         self.step_number += 1
 
@@ -105,9 +122,9 @@ class FusedTrainer:
         Raises:
             FastdiffError: A number was not finite.
         """
-        figures = self._step.figures()
+        parts, self._kept = [*self._kept, self._step.figures()], []
         self._stop_at(self._step.not_finite())
-        return figures
+        return add_figures(parts)
 
     def state(self) -> dict[str, Tensor]:
         """Everything but the weights and the step number.
@@ -145,16 +162,29 @@ class FusedTrainer:
         )
 
 
+def why_not_fused(config: TrainConfig) -> str | None:
+    """The option that has no fused step, as the command line writes it; None if all have."""
+    if config.activation not in ("batchtopk", "topk"):
+        return f"--activation {config.activation}"
+    if config.backend == "dense":
+        return "--backend dense"
+    for name in ("multi_topk_coef", "matryoshka", "delta_coef", "shared_latents", "exclusive"):
+        if getattr(config, name):
+            return f"--{name.replace('_', '-')}"
+    return None if config.code_norm == "crosscoder" else f"--code-norm {config.code_norm}"
+
+
 def make_trainer(crosscoder: Crosscoder, config: TrainConfig) -> Trainer | FusedTrainer:
     """The trainer of a configuration: fused where there is a fused step, by autograd otherwise.
 
     Raises:
         OptionError: An option does not go with another, or with the device.
     """
-    if config.activation in _FUSED and config.backend != "dense":
+    why = why_not_fused(config)
+    _refuse_idle(config, crosscoder.b_dec.shape[0])
+    if why is None:
         return FusedTrainer(crosscoder, config)
-    why = f"--activation {config.activation}" if config.activation not in _FUSED else "--backend dense"
-    for name, plain in (("micro_batch", None), ("moments", "float32"), ("clip_mode", "exact")):
+    for name, plain in (("moments", "float32"), ("clip_mode", "exact")):
         if getattr(config, name) != plain:
             raise OptionError(
                 f"--{name.replace('_', '-')} {getattr(config, name)} does not go with {why}; leave it out"
@@ -162,3 +192,16 @@ def make_trainer(crosscoder: Crosscoder, config: TrainConfig) -> Trainer | Fused
     if config.precision == "bfloat16":
         raise OptionError(f"--precision bfloat16 does not go with {why}; leave it out")
     return Trainer(crosscoder, config)
+
+
+def _refuse_idle(config: TrainConfig, n_models: int) -> None:
+    """An option that would do nothing is a misunderstanding."""
+    topk, jumprelu = config.activation in ("batchtopk", "topk"), config.activation == "jumprelu"
+    if config.multi_topk_coef and not topk:
+        raise OptionError(f"--multi-topk-coef does not go with --activation {config.activation}; leave it out")
+    if (config.preact_coef or config.sparsity != "target") and not jumprelu:
+        raise OptionError("--preact-coef and --sparsity go with --activation jumprelu; leave them out")
+    if config.delta_coef and n_models < 2:
+        raise OptionError(f"--delta-coef {config.delta_coef} needs two models; this crosscoder has {n_models}")
+    if config.clip_mode == "previous" and config.clip == 0:
+        raise OptionError("--clip-mode previous does not go with --clip 0, which turns clipping off; leave one out")

@@ -1,8 +1,9 @@
 """The crosscoder: one dictionary over the activations of several models, one decoder per model.
 
-    x̃_m  = (x_m - input_mean_m) · input_scale_m                       input space of everything below
+    x̃_m  = (x_m - input_mean_m) · input_scale_m                       input space of everything below; see `inputs`
     pre_j = Σ_m ⟨x̃_m, W_enc[j, m]⟩ + b_enc[j]
     s_j   = Σ_m ‖W_dec[j, m]‖₂                                         decoder norms are free: they carry the result
+            (code norm "crosscoder"; "sae": ‖W_dec[j]‖₂ over all models together; "none": 1)
     f_j   = pre_j where latent j fires, else 0
     x̂_m  = Σ_j f_j · W_dec[j, m] + b_dec[m]
 
@@ -13,16 +14,28 @@ Source: Lindsey et al. 2024 (crosscoders); Minder et al. 2025, arXiv:2504.02922 
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastdiff.crosscoder import inputs as crosscoder_inputs
+from fastdiff.crosscoder.structure import Structure
 from fastdiff.kernels import ops
 from fastdiff.kernels.backend import Backend
 from fastdiff.kernels.selection import Selection
 
 # every latent's threshold at the start of JumpReLU training; inputs have unit variance per dimension
 _THETA_START = 0.1
+
+CodeNorm = Literal["crosscoder", "sae", "none"]
+
+
+def code_norm_of(W_dec: Tensor, kind: CodeNorm) -> Tensor:
+    """S [F] of decoder rows [F, M, D], with gradient."""
+    if kind == "crosscoder":
+        return W_dec.norm(dim=-1).sum(dim=1)
+    return W_dec.flatten(1).norm(dim=-1) if kind == "sae" else W_dec.new_ones(len(W_dec))
 
 
 class Crosscoder(nn.Module):
@@ -40,10 +53,20 @@ class Crosscoder(nn.Module):
     input_mean: Tensor
     input_scale: Tensor
 
-    def __init__(self, dict_size: int, n_models: int, d_model: int, *, activation: str, k: int):
+    def __init__(
+        self,
+        dict_size: int,
+        n_models: int,
+        d_model: int,
+        *,
+        activation: str,
+        k: int,
+        code_norm: CodeNorm = "crosscoder",
+        inputs: str = "all",
+    ):
         super().__init__()
         shape = (dict_size, n_models, d_model)
-        self.activation, self.k = activation, k
+        self.activation, self.k, self.code_norm_kind, self.inputs = activation, k, code_norm, inputs
         self.W_enc = nn.Parameter(torch.zeros(shape))
         self.b_enc = nn.Parameter(torch.zeros(dict_size))
         self.W_dec = nn.Parameter(torch.zeros(shape))
@@ -61,9 +84,17 @@ class Crosscoder(nn.Module):
         """F."""
         return self.W_enc.shape[0]
 
+    def take(self, x: Tensor) -> Tensor:
+        """What of stored activations [B, M_stored, D] is reconstructed, [B, M, D]; see `inputs`."""
+        return crosscoder_inputs.take(x, self.inputs)
+
     def normalize(self, x: Tensor) -> Tensor:
-        """x̃ [B, M, D] in float32 on the weights' device, from stored activations [B, M, D] of any float dtype."""
-        return (x.to(self.input_mean) - self.input_mean) * self.input_scale[:, None]
+        """x̃ [B, M, D] in float32 on the weights' device, from stored activations [B, M_stored, D] of any float type."""
+        return (self.take(x).to(self.input_mean) - self.input_mean) * self.input_scale[:, None]
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """What `take` gave, in the models' own units, from x̃ [B, M, D]."""
+        return x / self.input_scale[:, None] + self.input_mean
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Pre-activations [B, F] of x̃ [B, M, D], without gradient."""
@@ -71,7 +102,7 @@ class Crosscoder(nn.Module):
 
     def code_norm(self) -> Tensor:
         """S [F]."""
-        return self.W_dec.norm(dim=-1).sum(dim=1)
+        return code_norm_of(self.W_dec, self.code_norm_kind)
 
     def select(self, pre: Tensor) -> Selection:
         """Which latents fire at inference, from pre-activations [B, F]."""
@@ -103,7 +134,7 @@ class Crosscoder(nn.Module):
         return out.view(-1, *self.b_dec.shape) + self.b_dec
 
     @torch.no_grad()
-    def initialize(self, first_batch: Tensor, *, init: str, seed: int) -> None:
+    def initialize(self, first_batch: Tensor, *, init: str, seed: int, structure: Structure | None = None) -> None:
         """Set the weights before the first step.
 
         Encoder rows are uniform in direction of a cube, each of norm 1 per model; the decoder starts as their
@@ -116,6 +147,7 @@ class Crosscoder(nn.Module):
                 0.85 independent, 0.90 to 1.00 shared; 1.00 by latent scaling with both. Demo, seed 0, before
                 the fused step: 14 of 14 intervals exclude zero with independent draws, 9 with one.
             seed: Of the draw.
+            structure: Latents that are not free.
         """
         generator = torch.Generator().manual_seed(seed)
         F, M, D = self.W_enc.shape
@@ -124,6 +156,8 @@ class Crosscoder(nn.Module):
         rows = (rows / rows.norm(dim=-1, keepdim=True)).transpose(0, 1).expand(F, M, D)
         self.W_enc.copy_(rows)
         self.W_dec.copy_(rows)
+        if structure is not None:
+            structure.impose(self.W_enc, self.W_dec)
         self.b_enc.zero_()
         for m in range(M):
             self.b_dec[m] = geometric_median(first_batch[:, m])

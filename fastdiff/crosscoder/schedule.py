@@ -1,11 +1,20 @@
 """What changes from step to step: learning rate, k, penalty weight, memory of the threshold. Steps count from 0."""
 
+import math
+
 from fastdiff.config import TrainConfig
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
     """Learning rate of a step."""
-    return learning_rate(step, base=config.lr, steps=config.steps, warmup=config.warmup_steps, decay=config.decay_steps)
+    return learning_rate(
+        step,
+        base=config.lr,
+        steps=config.steps,
+        warmup=config.warmup_steps,
+        decay=config.decay_steps,
+        shape=config.decay,
+    )
 
 
 def k_at(step: int, config: TrainConfig) -> int:
@@ -18,13 +27,14 @@ def threshold_memory(step: int, config: TrainConfig) -> float:
     return min(config.threshold_decay, step / (step + 9))
 
 
-def learning_rate(step: int, *, base: float, steps: int, warmup: int, decay: int) -> float:
-    """Linear rise over `warmup` steps, constant, linear fall to 0 over the last `decay` steps."""
+def learning_rate(step: int, *, base: float, steps: int, warmup: int, decay: int, shape: str = "linear") -> float:
+    """Linear rise over `warmup` steps, constant, fall to 0 over the last `decay` steps: "linear" or half a "cosine"."""
     if step < warmup:
         return base * (step + 1) / warmup
-    if step >= steps - decay:
-        return base * (steps - step) / (decay + 1)
-    return base
+    if step < steps - decay:
+        return base
+    left = (steps - step) / (decay + 1)
+    return base * (left if shape == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def active_latents(step: int, *, k: int, k_start: int | None, anneal: int) -> int:

@@ -1,43 +1,35 @@
-"""The training stage: store → crosscoder, resumable at every checkpoint, skipped when already done."""
+"""The training stage: store → crosscoders, resumable at every checkpoint, skipped when already done."""
 
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastdiff import run as rundir
 from fastdiff.config import TrainConfig
-from fastdiff.crosscoder.checkpoint import (
-    CONFIG,
-    MODEL,
-    has_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    save_crosscoder,
-)
-from fastdiff.crosscoder.fused_trainer import FusedTrainer, make_trainer
-from fastdiff.crosscoder.metrics import Quality, evaluate
+from fastdiff.crosscoder.checkpoint import Checkpoints, common_step
+from fastdiff.crosscoder.inputs import input_stats, n_inputs
+from fastdiff.crosscoder.loop import Member, run_steps
+from fastdiff.crosscoder.metrics import Quality, evaluate, l0_gap
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.trainer import Trainer
+from fastdiff.crosscoder.rows import evaluation_batches, evaluation_groups, evaluation_rows, spread_rows
+from fastdiff.crosscoder.saved import CONFIG, MODEL, save_crosscoder
+from fastdiff.crosscoder.structure import structure_of
+from fastdiff.crosscoder.threshold import calibrated_threshold
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError, OptionError
-from fastdiff.kernels.step import Figures
+from fastdiff.interrupt import stop_requests
 from fastdiff.progress import SILENT, Progress
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.shuffler import Shuffler
 
-# more held-out rows than this change no digit that is shown
-_EVALUATION_ROWS = 200_000
-# scores of all latents held at a time there: 1 GB each of a few
-_EVALUATION_SCORES = 2**28
+# inference and training disagree by more than this share of L0: worth a warning
+_L0_GAP = 0.05
 
 
 def directory_of(run: Path, seed: int) -> Path:
@@ -54,18 +46,37 @@ def train(
     resume: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """Train a crosscoder on a store, into `run/crosscoder/seed-<seed>/`.
+    """Train a crosscoder on a store, into `run/crosscoder/seed-<seed>/`; what `train_seeds` does, for one seed.
+
+    Returns:
+        The crosscoder's directory; that of the first of several seeds.
+    """
+    return train_seeds(store_path, run, config, progress, resume=resume, overwrite=overwrite)[0]
+
+
+def train_seeds(
+    store_path: Path,
+    run: Path,
+    config: TrainConfig,
+    progress: Progress = SILENT,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Train a crosscoder per seed on a store, all over one pass of the data, into `run/crosscoder/seed-<seed>/`.
+
+    Each is bit for bit what a run of its seed alone gives. SIGTERM and SIGINT end the process after a checkpoint.
 
     Args:
         store_path: A store directory or a bare .h5.
         run: Run directory.
-        config: How.
+        config: How; `seeds`, or `seed` where there are none.
         progress: Where to report.
         resume: Continue from the newest checkpoint of the same configuration; else start anew.
         overwrite: Replace a crosscoder of another configuration.
 
     Returns:
-        The crosscoder's directory.
+        The crosscoders' directories, in the order of the seeds.
 
     Raises:
         OptionError: The options do not fit the store, or the directory holds another configuration.
@@ -73,61 +84,152 @@ def train(
         FastdiffError: The loss is not finite.
         LockedError: Another process writes to the run.
     """
-    target = directory_of(run, config.seed)
+    configs = [config.of_seed(seed) for seed in config.seeds or (config.seed,)]
     with ActivationStore(store_path) as store, rundir.locked(run), _threads(config.threads):
-        inputs, settings = {"store": store.sha256()}, config.model_dump()
-        if rundir.is_done(target, "train", settings, inputs):
-            progress.say(f"train: {target} is up to date")
-            return target
-        _refuse_other(target, settings, inputs, overwrite)
-        rows = _training_rows(store, config)
+        inputs, left = {"store": store.sha256()}, []
+        for one in configs:
+            target = directory_of(run, one.seed)
+            if rundir.is_done(target, "train", one.identity(), inputs):
+                progress.say(f"train: {target} is up to date")
+                continue
+            _refuse_other(target, one.identity(), inputs, overwrite)
+            left.append(one)
+        if left:
+            _train(store, run, left, inputs, progress, resume=resume and not overwrite)
+    return [directory_of(run, one.seed) for one in configs]
+
+
+def _train(
+    store: ActivationStore,
+    run: Path,
+    configs: list[TrainConfig],
+    inputs: dict[str, str],
+    progress: Progress,
+    *,
+    resume: bool,
+) -> None:
+    """Train all of these together."""
+    config = configs[0]
+    rows = _training_rows(store, config)
+    device = resolve_device(config.device)
+    targets = [directory_of(run, one.seed) for one in configs]
+    for target in targets:
         rundir.begin(target)
-        crosscoder = Crosscoder(
-            config.dict_size, store.n_models, store.d_model, activation=config.activation, k=config.k
-        )
-        crosscoder.to(resolve_device(config.device))
-        trainer = make_trainer(crosscoder, config)
-        loaded = load_checkpoint(target / "checkpoints", crosscoder) if resume and not overwrite else None
-        shuffler = _shuffler(store, config, rows, None if loaded is None else loaded[1]["pool_rows"])
+    least = 1 if len(configs) == 1 else 2  # a step that all have, while one is ahead
+    with ExitStack() as stack:
+        checkpoints = [
+            stack.enter_context(Checkpoints(target / "checkpoints", max(one.keep_checkpoints, least)))
+            for target, one in zip(targets, configs, strict=True)
+        ]
+        step = common_step(checkpoints) if resume else None
+        members, states = [], []
+        for target, one, kept in zip(targets, configs, checkpoints, strict=True):
+            crosscoder = Crosscoder(
+                one.dict_size,
+                n_inputs(one.inputs, store.n_models),
+                store.d_model,
+                activation=one.activation,
+                k=one.k,
+                code_norm=one.code_norm,
+                inputs=one.inputs,
+            ).to(device)
+            tensors, state = ({}, None) if step is None else kept.load(step, crosscoder)
+            member = Member(one, target, crosscoder, kept, None if state is None else state["micro_batch"])
+            if state is not None:
+                member.trainer.load_state(tensors, state["step"])
+                member.best = state["best"]
+            members.append(member)
+            states.append(state)
+        state = states[0]
+        shuffler = _shuffler(store, config, rows, None if state is None else state["pool_rows"])
         progress.say(f"train: {shuffler.describe()}")
-        if loaded is None:
-            shutil.rmtree(target / "checkpoints", ignore_errors=True)
-            _start(crosscoder, store, shuffler, config)
+        if state is None:
+            mean, variance = input_stats(store, config.inputs)
+            # also without normalisation: statistics of NaN or infinity were refused
+            if float(variance.min()) <= 0:
+                raise InputError(f"{store.path}: the inputs never vary; nothing can be learned")
+            first = shuffler.batch(0)
+            for member in members:
+                member.checkpoints.clear()
+                shutil.rmtree(member.target / "best", ignore_errors=True)
+                _start(member, first.to(device), mean, variance)
         else:
-            tensors, state = loaded
-            trainer.load_state(tensors, state["step"])
             # the order of a sum depends on the number of threads, and so do the last bits of the weights
             torch.set_num_threads(state["threads"])
-            progress.say(f"train: continuing from step {state['step']}")
+            progress.say(f"train: continuing from step {step}")
         # only now: what could not even start must not stand in the way of the next try
-        rundir.write_json(target / "started.json", {"schema": 1, "config": settings, "inputs": inputs})
+        for member in members:
+            started = {"schema": 1, "config": member.config.identity(), "inputs": inputs}
+            rundir.write_json(member.target / "started.json", started)
         events = rundir.Events(run)
         events.write("shuffle", **_shuffle_facts(shuffler))
-        _loop(trainer, shuffler, target, events, progress)
-        # its buffers and moments are most of the memory, and the evaluation needs some
-        del trainer
-        rows_name = "held-out" if store.n_train(config.holdout) < store.n_rows else "training"
-        quality = evaluate(crosscoder, _evaluation_batches(store, config))
-        events.write("evaluate", step=config.steps, rows=rows_name, **asdict(quality))
-        _report(quality, rows_name, progress)
-        facts = {
-            "models": [model.model_dump() for model in store.meta.models],
-            "train": settings,
-            "store_sha256": inputs["store"],
-            "n_train": shuffler.n_rows,
-            "pool_rows": shuffler.pool_rows,
-            "steps": config.steps,
-        }
-        save_crosscoder(target, crosscoder, facts)
-        rundir.record(run, "train", settings, store=str(store_path.resolve()), threads=torch.get_num_threads())
-        rundir.finish(target, "train", settings, inputs, [MODEL, CONFIG])
-    return target
+        with stop_requests() as stop:
+            run_steps(members, store, shuffler, step or 0, events, stop, progress)
+            if stop.signal is not None:
+                # before the first step, or between the last and here: what is on disk is whole
+                stop.leave()
+        for member in members:
+            # its buffers and moments are most of the memory, and the evaluation needs some
+            del member.trainer
+            _finish(member, store, rows, events, progress)
+            _save(member, store, shuffler, inputs)
+            rundir.record(
+                run,
+                "train",
+                member.config.identity(),
+                store=str(store.path.resolve()),
+                threads=torch.get_num_threads(),
+                seeds=[one.seed for one in configs],
+            )
+
+
+def _start(member: Member, first: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    """Input scaling from the statistics, weights from the seed and the first batch."""
+    crosscoder, config = member.crosscoder, member.config
+    if config.normalize == "rms":
+        crosscoder.input_mean.copy_(mean)
+        crosscoder.input_scale.copy_((mean.shape[1] / variance).sqrt())
+    structure = structure_of(config, len(mean))
+    crosscoder.initialize(crosscoder.normalize(first), init=config.init, seed=config.seed, structure=structure)
+
+
+def _finish(
+    member: Member, store: ActivationStore, rows: int | NDArray[np.int64], events: rundir.Events, progress: Progress
+) -> None:
+    """Set the inference threshold, measure and report."""
+    crosscoder, config = member.crosscoder, member.config
+    if config.activation == "batchtopk" and config.calibrate_tokens:
+        followed = float(crosscoder.threshold[0])
+        sample = spread_rows(rows, config.calibrate_tokens)
+        found = calibrated_threshold(crosscoder, evaluation_batches(store, sample, config.batch_size))
+        crosscoder.threshold.fill_(found)
+        events.write("threshold", seed=config.seed, running_mean=followed, calibrated=found, rows=len(sample))
+    held_out, name = evaluation_rows(store, config.holdout)
+    batches = evaluation_batches(store, held_out, config.batch_size, groups=True, check_crc=config.check_reads)
+    quality = evaluate(crosscoder, batches, evaluation_groups(store))
+    found = {"rows": name, "l0_gap": l0_gap(quality), **quality.facts()}
+    events.write("evaluate", step=config.steps, seed=config.seed, **found)
+    _report(quality, name, config, progress)
+
+
+def _save(member: Member, store: ActivationStore, shuffler: Shuffler, inputs: dict[str, str]) -> None:
+    facts = {
+        "models": [model.model_dump() for model in store.meta.models],
+        "train": member.config.identity(),
+        "store_sha256": inputs["store"],
+        "n_train": shuffler.n_rows,
+        "pool_rows": shuffler.pool_rows,
+        "micro_batch": member.micro_batch,
+        "steps": member.config.steps,
+    }
+    save_crosscoder(member.target, member.crosscoder, facts)
+    rundir.finish(member.target, "train", member.config.identity(), inputs, [MODEL, CONFIG])
 
 
 def _refuse_other(target: Path, settings: dict[str, Any], inputs: dict[str, str], overwrite: bool) -> None:
     """Another configuration's results are replaced only when that was asked for."""
     path = target / "started.json"
-    started = path.exists() and ((target / rundir.DONE).exists() or has_checkpoint(target / "checkpoints"))
+    started = path.exists() and ((target / rundir.DONE).exists() or Checkpoints(target / "checkpoints", 1).steps())
     if overwrite or not started:
         return
     before = rundir.read_json(path)
@@ -152,9 +254,6 @@ def _training_rows(store: ActivationStore, config: TrainConfig) -> int | NDArray
         raise OptionError(
             f"{store.path}: {n_rows} training rows are fewer than --batch-size {config.batch_size}; lower it"
         )
-    # also without normalisation: statistics of NaN or infinity are refused
-    if min(store.stats().variance) <= 0:
-        raise InputError(f"{store.path}: the activations of one model never vary; nothing can be learned")
     return rows
 
 
@@ -187,79 +286,19 @@ def _shuffle_facts(shuffler: Shuffler) -> dict[str, Any]:
     }
 
 
-def _start(crosscoder: Crosscoder, store: ActivationStore, shuffler: Shuffler, config: TrainConfig) -> None:
-    """Input scaling from the store, weights from the seed and the first batch."""
-    if config.normalize == "rms":
-        stats = store.stats()
-        crosscoder.input_mean.copy_(torch.tensor(stats.mean))
-        crosscoder.input_scale.copy_((store.d_model / torch.tensor(stats.variance)).sqrt())
-    first = shuffler.batch(0)
-    crosscoder.initialize(crosscoder.normalize(first), init=config.init, seed=config.seed)
-
-
-def _loop(
-    trainer: Trainer | FusedTrainer, shuffler: Shuffler, target: Path, events: rundir.Events, progress: Progress
-) -> None:
-    """Step to the end, with a log line and a checkpoint now and then."""
-    config = trainer.config
-    started = time.monotonic()
-    device = trainer.crosscoder.b_enc.device
-    with progress.task("train", config.steps, "steps", start=trainer.step_number) as task:
-        for batch in shuffler.stream(trainer.step_number, config.steps, device):
-            k = trainer.k
-            trainer.step(batch)
-            step = trainer.step_number
-            note = ""
-            if step % config.log_every == 0 or step == config.steps:
-                figures = trainer.window()
-                line = _log_line(figures, config, k)
-                tokens_per_second = round(figures.n_tokens / (time.monotonic() - started))
-                share_waited = round(shuffler.wait_seconds / max(time.monotonic() - started, 1e-9), 4)
-                events.write("train", step=step, **line, tokens_per_second=tokens_per_second, loader_wait=share_waited)
-                fve = " ".join(f"{v:.3f}" for v in line["fve"])
-                note = f"loss {line['loss']:.3f}  fve {fve}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}"
-                started = time.monotonic()
-                shuffler.wait_seconds = 0.0
-            task.advance(1, note)
-            if step % config.checkpoint_every == 0 and step < config.steps:
-                state = {
-                    "threads": torch.get_num_threads(),
-                    "pool_rows": shuffler.pool_rows,
-                    "config": config.model_dump(),
-                }
-                save_checkpoint(target / "checkpoints", step, trainer.crosscoder, trainer.state(), state)
-
-
-def _log_line(figures: Figures, config: TrainConfig, k: int) -> dict[str, Any]:
-    return {
-        "loss": figures.loss / figures.n_steps,
-        "fve": (1 - figures.squared_error / figures.spread).tolist(),
-        "l0": figures.n_active / figures.n_tokens,
-        "dead": figures.n_dead / config.dict_size,
-        "k": k,
-    }
-
-
-def _evaluation_batches(store: ActivationStore, config: TrainConfig) -> Iterator[Tensor]:
-    """Held-out rows, or the first training rows when none are held out."""
-    start = store.n_train(config.holdout)
-    rows = np.arange(start, store.n_rows) if start < store.n_rows else np.arange(store.n_rows)
-    usable = store.usable_rows()
-    if usable is not None:
-        rows = np.intersect1d(rows, usable)
-    rows = rows[:_EVALUATION_ROWS].astype(np.int64)
-    crc = store.crc32c() if config.check_reads else None
-    step = max(1, min(config.batch_size, _EVALUATION_SCORES // config.dict_size))
-    for begin in range(0, len(rows), step):
-        yield store.rows(rows[begin : begin + step], crc=crc)
-
-
-def _report(quality: Quality, rows_name: str, progress: Progress) -> None:
+def _report(quality: Quality, rows_name: str, config: TrainConfig, progress: Progress) -> None:
     fve = ", ".join(f"{v:.3f}" for v in quality.fve)
+    of = f"seed {config.seed}, " if config.seed else ""
     progress.say(
-        f"train: fve {fve} on {quality.n_rows:,} {rows_name} rows, l0 {quality.l0_mean:.1f}, "
-        f"{quality.dead_fraction:.1%} of latents silent there"
+        f"train: {of}fve {fve} on {quality.n_rows:,} {rows_name} rows, l0 {quality.l0_mean:.1f} "
+        f"({quality.l0_p5:.0f} to {quality.l0_p95:.0f}), {quality.dead_fraction:.1%} of latents silent there"
     )
+    gap = l0_gap(quality)
+    if abs(gap) > _L0_GAP:
+        progress.say(
+            f"train: warning: {quality.l0_mean:.1f} latents fire at inference, but training selects "
+            f"{quality.train_l0:.1f} ({gap:+.0%}); raise --steps, --decay-steps or --calibrate-tokens"
+        )
 
 
 @contextmanager

@@ -160,7 +160,8 @@ def _read_csv(path: Path, wanted: tuple[str, ...]) -> Table:
 
 def _read_latents(path: Path) -> Table:
     latents = _read_csv(path, (*LATENT_TEXT, *_LATENT_NUMBERS))
-    for name in _LATENT_NUMBERS:
+    # analyses of older versions have no stability
+    for name in (*_LATENT_NUMBERS, *(name for name in latents.columns if name == "stability")):
         try:
             latents.numbers(name)
         except ValueError as error:

@@ -3,7 +3,7 @@
     {"schema": 1, "runs": [name, …], "vocabulary": [token, …], "names": [data set or category, …],
      "latents": [[run, latent, why, class, specific, category, label, confidence, annotator,
                   delta_norm, cosine, nu_error, nu_reconstruction, nu_activation, norm_base, norm_tuned,
-                  frequency, count, max_activation, [top token, …], [example, …]], …]}
+                  frequency, count, max_activation, [top token, …], [example, …], stability], …]}
     example = [document, position, data set, category, activation, peak, [token, …], [index, value, …]]
 
 Tokens are indices into `vocabulary` (the most frequent first, so that indices are short), data sets and
@@ -18,6 +18,8 @@ import json
 import math
 from collections import Counter
 from typing import Any
+
+import numpy as np
 
 from fastdiff.report.schema import Card, Example, Label, Run
 from fastdiff.report.text import visible
@@ -57,6 +59,8 @@ def island(runs: list[Run]) -> dict[str, Any]:
 
 def _rows(i: int, run: Run, vocabulary: dict[str, int], names: dict[str, int]) -> list[list[Any]]:
     numbers = {name: run.latents.numbers(name) for name in _NUMBERS}
+    compared = "stability" in run.latents.columns
+    stability = run.latents.numbers("stability") if compared else np.full(len(run.latents.rows), np.nan)
     kind, specific = run.latents.text("class"), run.latents.text("specific")
 
     def row(card: Card) -> list[Any]:
@@ -67,6 +71,7 @@ def _rows(i: int, run: Run, vocabulary: dict[str, int], names: dict[str, int]) -
             *(_short(float(numbers[name][card.latent])) for name in _NUMBERS),
             [vocabulary[token] for token in run.top_tokens[card.latent]],
             [_example(example, vocabulary, names) for example in card.examples],
+            _short(float(stability[card.latent])),
         ]
 
     return [row(card) for card in run.cards]

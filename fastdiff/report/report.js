@@ -4,7 +4,7 @@
   const PAGE = 20, SHOWN = 3, LEVELS = 8;
   const FIELDS = ["run", "latent", "why", "kind", "specific", "category", "label", "confidence", "annotator",
     "delta", "cosine", "nuError", "nuReconstruction", "nuActivation", "normBase", "normTuned",
-    "frequency", "count", "max", "top", "examples"];
+    "frequency", "count", "max", "top", "examples", "stability"];
   const SIDES = [["", "all"], ["tuned", "specific to tuned"], ["base", "specific to base"], ["shared", "shared (sample)"]];
   const SORTS = [
     ["Δ norm, most tuned first", (l) => -(l.delta ?? -1)],
@@ -133,7 +133,8 @@
       measure("cosine", short(l.cosine)), measure("class", l.kind.replace("_", " ")),
       measure("frequency", percent(l.frequency)), measure("fires on", `${short(l.count)} tokens`),
       measure("largest", short(l.max)),
-      measure("norms", `${short(l.normBase)}, ${short(l.normTuned)}`));
+      measure("norms", `${short(l.normBase)}, ${short(l.normTuned)}`),
+      l.stability === null ? null : measure("in other seeds", percent(l.stability)));
     const box = el("article", `card ${l.why}`, el("div", "side-by", head, numbers));
     l.examples.slice(0, SHOWN).forEach((e) => box.append(example(l, e)));
     if (l.examples.length > SHOWN) {

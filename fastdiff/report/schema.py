@@ -72,6 +72,16 @@ class Thresholds(_Model):
     nu_reconstruction_max: float
 
 
+class Stability(_Model):
+    """How many latents at least half of the run's other seeds have too."""
+
+    seeds: list[int]
+    observed: int
+    stable: int
+    exclusive: int
+    exclusive_stable: int
+
+
 class Summary(_Model):
     """`analysis/summary.json`."""
 
@@ -85,6 +95,7 @@ class Summary(_Model):
     quality: Quality
     delta_norm_histogram: Histogram
     thresholds: Thresholds
+    stability: Stability | None = None
 
 
 class Label(_Model):

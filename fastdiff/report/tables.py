@@ -15,6 +15,7 @@ _FVE_LEAST = 0.8
 _DEAD_MOST = 0.3
 _SPECIFIC_LEAST = 30
 _UNCATEGORIZED_MOST = 0.5
+_STABLE_LEAST = 0.5
 
 UNINTERPRETABLE = "uninterpretable"
 
@@ -78,6 +79,11 @@ def trust(run: Run) -> dict[str, Any]:
     words = f"{_percent(share)} of the specific latents have no category."
     value = f"{_percent(share)} ({unlabelled:,} unlabelled, {uninterpretable:,} uninterpretable of {total:,})"
     measure("Specific without a category", value, words if share > _UNCATEGORIZED_MOST else None)
+    if (seeds := run.summary.stability) is not None:
+        share = seeds.exclusive_stable / seeds.exclusive if seeds.exclusive else 1.0
+        words = f"Only {_percent(share)} of the latents of one model come back with other seeds."
+        value = f"{seeds.exclusive_stable:,} of {seeds.exclusive:,} (of all {seeds.stable:,} of {seeds.observed:,})"
+        measure("Of one model, with other seeds too", value, words if share < _STABLE_LEAST else None)
     return {"measures": measures, "warnings": warnings}
 
 
@@ -179,6 +185,7 @@ def summary(findings: Findings) -> dict[str, Any]:
                 "never_fired": run.summary.never_fired,
                 "quality": run.summary.quality.model_dump(),
                 "thresholds": run.summary.thresholds.model_dump(),
+                "stability": run.summary.stability.model_dump() if run.summary.stability else None,
                 "delta_norm_histogram": run.summary.delta_norm_histogram.model_dump(),
                 "cards": len(run.cards),
                 "warnings": trust(run)["warnings"],

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from fastdiff import run as rundir
 from fastdiff.analyze.analyze import COLUMNS, analyze
 from fastdiff.config import AnalyzeConfig, TrainConfig
-from fastdiff.crosscoder.checkpoint import load_crosscoder
+from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.train import train
 from fastdiff.demo.planted import planted_activations, recovered
 from fastdiff.errors import InputError
@@ -187,7 +187,7 @@ def test_swapping_the_models_mirrors_the_result(tmp_path):
     assert moved > 0
 
 
-def swapped_initialize(self, first_batch, *, init, seed):
+def swapped_initialize(self, first_batch, *, init, seed, structure):
     from fastdiff.crosscoder.model import geometric_median
 
     F, M, D = self.W_enc.shape

@@ -32,20 +32,22 @@ def test_auxk_against_a_loop():
         estimate = sum(max(0.0, pre[b, j].item()) * W_dec[j].flatten() for j in order[:k_aux])
         miss += float((error[b].flatten() - estimate).square().sum())
         spread += float((error[b].flatten() - mean).square().sum())
-    assert losses.auxk(error, pre, W_dec, k_aux).item() == pytest.approx(miss / spread, rel=1e-12)
+    assert losses.auxk(error, pre, W_dec, W_dec.norm(dim=-1).sum(1), k_aux).item() == pytest.approx(
+        miss / spread, rel=1e-12
+    )
 
 
 def test_auxk_gives_no_gradient_to_the_error():
     error = torch.randn(3, 2, 4, requires_grad=True)
     pre = torch.rand(3, 5, requires_grad=True)
     W_dec = torch.rand(5, 2, 4, requires_grad=True)
-    losses.auxk(error, pre, W_dec, 5).backward()
+    losses.auxk(error, pre, W_dec, torch.ones(5), 5).backward()
     assert error.grad is None
     assert float(pre.grad.abs().sum()) > 0 and float(W_dec.grad.abs().sum()) > 0
 
 
 def test_auxk_of_a_constant_error_is_zero():
-    assert losses.auxk(torch.ones(3, 2, 4), torch.rand(3, 5), torch.rand(5, 2, 4), 5).item() == 0.0
+    assert losses.auxk(torch.ones(3, 2, 4), torch.rand(3, 5), torch.rand(5, 2, 4), torch.ones(5), 5).item() == 0.0
 
 
 def test_l1_weighs_activations_by_decoder_norms():

@@ -10,8 +10,9 @@ import torch
 
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import train as stage
-from fastdiff.crosscoder.checkpoint import load_crosscoder
+from fastdiff.crosscoder.checkpoint import Checkpoints
 from fastdiff.crosscoder.fused_trainer import FusedTrainer
+from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.trainer import Trainer
 from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
 from fastdiff.store.writer import StoreWriter
@@ -231,7 +232,7 @@ def test_a_full_disk_is_a_resource_error(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     store = make_store(tmp_path / "acts", n=500)
-    monkeypatch.setattr("fastdiff.crosscoder.checkpoint.save_file", full)
+    monkeypatch.setattr("fastdiff.crosscoder.saved.save_file", full)
     with pytest.raises(ResourceError, match="no space left"):
         stage.train(store, tmp_path / "run", config())
 
@@ -254,14 +255,14 @@ def test_the_shuffle_of_a_resumed_run_is_the_one_it_began_with(tmp_path, monkeyp
     small = config(pool_gb=1e-5, k_start=8, k_anneal_steps=10)  # 10 kB: windows of 96 rows
     stage.train(store, tmp_path / "whole", small)
     assert "pool_rows" in (tmp_path / "whole" / "crosscoder" / "seed-0" / "config.json").read_text()
-    saved = stage.save_checkpoint
+    saved = Checkpoints.save
 
     def die(*args):
         saved(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "save_checkpoint", die)
+        patch.setattr(Checkpoints, "save", die)
         stage.train(store, tmp_path / "cut", small)
     # what would fit now does not matter
     monkeypatch.setattr("fastdiff.store.shuffler.default_memory", lambda: 10**6)

@@ -110,7 +110,10 @@ def test_a_fused_step_runs_what_it_can(activation, options, kind):
 @pytest.mark.parametrize(
     ("activation", "options", "message"),
     [
-        ("relu", {"micro_batch": 16}, "--micro-batch 16 does not go with --activation relu"),
+        ("relu", {"multi_topk_coef": 0.1}, "--multi-topk-coef does not go with --activation relu"),
+        ("relu", {"sparsity": "tanh"}, "--sparsity go with --activation jumprelu"),
+        ("topk", {"clip_mode": "previous", "clip": 0.0}, "--clip-mode previous does not go with --clip 0"),
+        ("topk", {"clip_mode": "previous", "delta_coef": 1.0}, "--clip-mode previous does not go with --delta-coef"),
         ("batchtopk", {"backend": "dense", "precision": "bfloat16"}, "--precision bfloat16 .*--backend dense"),
         ("jumprelu", {"clip_mode": "previous"}, "--clip-mode previous does not go with --activation jumprelu"),
         ("batchtopk", {"backend": "torch", "moments": "bfloat16"}, "needs the triton backend"),

@@ -99,6 +99,7 @@ def test_the_island_holds_every_card_with_its_numbers_and_tokens(run: Path) -> N
         assert [island["vocabulary"][t] for t in row[19]] == [visible(t) for t in json.loads(wanted["top_tokens"])]
         stored = connection.execute(f"{query} WHERE latent = ? ORDER BY rank", (latent,)).fetchall()
         assert len(row[20]) == len(stored) == 5
+        assert row[21] == 0.5
         for shown, (document, position, dataset, category, activation, peak, tokens, values) in zip(
             row[20], stored, strict=True
         ):
@@ -119,7 +120,12 @@ def test_latents_csv_is_the_analysis_with_labels_filled_in(run: Path) -> None:
     labels = [json.loads(line) for line in (run / "annotate/labels.jsonl").read_text().splitlines()]
     by_latent = {label["latent"]: label for label in labels}
     assert len(analysis) == len(joined) == 400
-    assert list(joined[0]) == [*list(analysis[0])[:-1], "confidence", "annotator", "top_tokens"]
+    assert list(joined[0]) == [
+        *(name for name in analysis[0] if name != "top_tokens"),
+        "confidence",
+        "annotator",
+        "top_tokens",
+    ]
     for before, after in zip(analysis, joined, strict=True):
         label = by_latent.get(int(before["latent"]))
         filled = {"label": "", "category": ""} if label is None else label
@@ -159,9 +165,38 @@ def test_what_cannot_be_trusted_is_said(run: Path, make_pair: Callable[..., Path
     assert "explains 0.781 of the tuned model&#39;s variance" in html
     assert "explains 0.873" not in html
     assert html.count("▲ low trust") == 1
+    assert "45 of 60 (of all 200 of 390)" in html
     few = build_report(make_pair(tmp_path / "run", sizes=(100, 20, 2, 9))).read_text()
     assert "Only 10 latents are specific to tuned" in few
     assert few.count("▲ low trust") == 3
+
+
+def test_latents_that_do_not_come_back_are_said(
+    make_pair: Callable[..., Path], settle: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    run = make_pair(tmp_path / "run")
+    path = run / "analysis/summary.json"
+    path.write_text(path.read_text().replace('"exclusive_stable": 45', '"exclusive_stable": 6'))
+    settle(run, "analysis")
+    assert "Only 10.0 % of the latents of one model come back with other seeds." in build_report(run).read_text()
+
+
+def test_an_analysis_without_other_seeds_says_nothing_of_them(
+    make_pair: Callable[..., Path], settle: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    run = make_pair(tmp_path / "run")
+    summary, table = run / "analysis/summary.json", run / "analysis/latents.csv"
+    facts = json.loads(summary.read_text())
+    summary.write_text(json.dumps(facts | {"stability": None}))
+    rows = read_csv(table)
+    with table.open("w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, [name for name in rows[0] if name != "stability"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    settle(run, "analysis")
+    page = Page(build_report(run))
+    assert "other seeds" not in page.html.replace("in other seeds", "")  # the script has those words
+    assert {row[21] for row in page.island()["latents"]} == {None}
 
 
 def test_an_empty_verdict_is_said(make_pair: Callable[..., Path], tmp_path: Path) -> None:
