@@ -138,7 +138,7 @@ def analyze(
     config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
     directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
     summary = read_json(directory / "summary.json")
-    shown = {key: summary[key] for key in ("classes", "specific", "never_fired", "stability", "quality")}
+    shown = {key: summary[key] for key in ("classes", "specific", "never_fired", "stability", "splice", "quality")}
     print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown)
 
 

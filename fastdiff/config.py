@@ -270,6 +270,10 @@ class AnalyzeConfig(StageConfig):
     stable_coactivation: float = Field(
         0.5, gt=0, le=1, description="Stable: and their activations a cosine of at least this."
     )
+    splice: bool = Field(
+        False, description="Also run the models on reconstructions: cross entropy, KL and loss recovered."
+    )
+    splice_tokens: PositiveInt = Field(20_000, description="Held-out tokens to do that on.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
 
 

@@ -3,7 +3,7 @@
 <run>/analysis/
     latents.csv          one row per latent; `COLUMNS` says what each column means
     summary.json         counts by class, quality on held-out rows, Δ_norm histogram, how many latents other seeds
-                         have too, what the columns mean
+                         have too, `splice` (see there), what the columns mean
     firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
     examples.sqlite      see `fastdiff.analyze.examples`
 
@@ -190,6 +190,8 @@ def _analyze(
         if store.column(column) is None:
             progress.say(f"analyze: the store has no {column}: {lack}")
     rows = _usable(store, n_rows)
+    # first: what it refuses should not cost a pass
+    spliced = _splice(store, crosscoder, facts, config, progress) if config.splice else None
     sums, firing, totals = _pass(store, crosscoder, n_rows, rows, config, progress)
     table = _latent_table(crosscoder, sums, firing, len(rows), config)
     table["top_tokens"] = _top_tokens(store, firing)
@@ -231,6 +233,7 @@ def _analyze(
             "specific": {side: int((table["specific"] == side).sum()) for side in ("base", "tuned")},
             "never_fired": int((~fired).sum()),
             "stability": stable,
+            "splice": spliced,
             "quality": {**quality.facts(), "rows": held_out},
             "delta_norm_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "sources": [s.model_dump() for s in store.meta.sources or []],
@@ -440,6 +443,20 @@ def _quality(
     rows, name = evaluation_rows(store, facts["train"]["holdout"])
     batches = evaluation_batches(store, rows, config.batch_size, groups=True)
     return evaluate(crosscoder, batches, evaluation_groups(store)), "held out" if name == "held-out" else "all"
+
+
+def _splice(
+    store: ActivationStore, crosscoder: Crosscoder, facts: dict[str, Any], config: AnalyzeConfig, progress: Progress
+) -> dict[str, Any]:
+    """What the reconstructions are worth to the models themselves, which are opened for it."""
+    # opens transformers, which takes 1.7 s
+    from fastdiff.analyze.splice import splice
+
+    holdout = facts["train"]["holdout"]
+    found = splice(store, crosscoder, holdout=holdout, tokens=config.splice_tokens, progress=progress)
+    for line in found.lines():
+        progress.say(f"analyze: {line}")
+    return found.facts()
 
 
 def _csv(table: dict[str, np.ndarray]) -> str:

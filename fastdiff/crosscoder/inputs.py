@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.errors import OptionError
+from fastdiff.errors import InputError, OptionError
 from fastdiff.store.format import Stats
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.statistics import RunningStats
@@ -70,4 +70,6 @@ def input_stats(store: ActivationStore, inputs: str) -> tuple[Tensor, Tensor]:
         running.add(take(store.rows(rows[start : start + _PASS_ROWS]), inputs))
     stats = running.result()
     assert stats is not None  # the store's own statistics would have refused
+    if not np.isfinite(stats.variance).all():
+        raise InputError(f"{store.path}: a difference of activations is NaN or infinite; extract the store again")
     return torch.tensor(stats.mean, dtype=torch.float64), torch.tensor(stats.variance, dtype=torch.float64)

@@ -6,7 +6,8 @@
 
 Both are kept by treating gradients, so that any optimizer that works on each weight alone keeps them too: where a
 weight is absent its gradient is 0; tied rows all get the sum of theirs, which is the gradient of the one row they are.
-The norm that clips counts every copy.
+The norm that clips counts every copy. `tie` undoes the last bits in which an optimizer's vector code and its scalar
+code for the end of a tensor differ.
 
 Source: designated shared latents, Anthropic, February 2025, "Insights on Crosscoder Model Diffing"; exclusive ones,
 Dedicated Feature Crosscoders, arXiv:2602.11729.
@@ -46,7 +47,13 @@ class Structure:
                 weight[own, :m] = 0
                 weight[own, m + 1 :] = 0
         # a tied row that reads the models along other directions than it writes would begin as noise
-        for weight in (W_enc, W_dec):
+        self.tie(W_enc)
+        self.tie(W_dec)
+
+    @torch.no_grad()
+    def tie(self, weight: Tensor) -> None:
+        """Give all models the designated shared rows of the first, in weights [F, M, D]."""
+        if self.shared:
             weight[: self.shared] = weight[: self.shared, :1].clone()
 
     @torch.no_grad()

@@ -207,8 +207,8 @@ def _finish(
     held_out, name = evaluation_rows(store, config.holdout)
     batches = evaluation_batches(store, held_out, config.batch_size, groups=True, check_crc=config.check_reads)
     quality = evaluate(crosscoder, batches, evaluation_groups(store))
-    found = {"rows": name, "l0_gap": l0_gap(quality), **quality.facts()}
-    events.write("evaluate", step=config.steps, seed=config.seed, **found)
+    facts = {"rows": name, "l0_gap": l0_gap(quality), **quality.facts()}
+    events.write("evaluate", step=config.steps, seed=config.seed, **facts)
     _report(quality, name, config, progress)
 
 

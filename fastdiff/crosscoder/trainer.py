@@ -90,7 +90,7 @@ class Trainer:
             loss, error = self._loss(part, one, k, dead, share=len(part) / len(x), l0=n_active / len(x))
             if not bool(torch.isfinite(loss)):
                 raise FastdiffError(f"step {t}: the loss is {loss.item()}; lower --lr or look at the activations")
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.item()
             squared_error += error.detach().double().square().sum(dim=(0, 2)).cpu()
         self._update()
@@ -103,7 +103,8 @@ class Trainer:
         if config.activation == "jumprelu" and config.sparsity == "target":
             # every part's loss holds the penalty of the whole batch
             weight = config.l0_coef * schedule.ramp(t, config.sparsity_warmup_steps)
-            total -= (len(parts) - 1) * weight * float(losses.l0_target(torch.tensor(n_active / len(x)), k))
+            l0 = torch.tensor(n_active / len(x), dtype=torch.float64)
+            total -= (len(parts) - 1) * weight * float(losses.l0_target(l0, k))
         centred = x - x.mean(dim=0)
         self._figures.append(
             Figures(
@@ -250,6 +251,7 @@ class Trainer:
             )
         self._adam.param_groups[0]["lr"] = schedule.rate_at(self.step_number, config)
         self._adam.step()
+        self._structure.tie(c.W_dec)
         if config.activation == "jumprelu":
             # a threshold below zero would let negative activations through
             c.threshold.data.clamp_(min=0.0)

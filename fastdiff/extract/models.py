@@ -114,7 +114,11 @@ def weights_sha256(name_or_path: str) -> str | None:
 
 
 def load(
-    name_or_path: str, dtype: torch.dtype | Literal["auto"] = "auto", device: torch.device | str = "cpu"
+    name_or_path: str,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    head: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode.
 
@@ -122,6 +126,7 @@ def load(
         name_or_path: Directory or Hugging Face id.
         dtype: Precision of the weights and the forward pass; "auto" is what the model was saved in.
         device: Where the weights go.
+        head: Whether its logits are wanted, so that the weights must have the language modelling head too.
 
     Raises:
         InputError: No safetensors weights, damaged ones, or weights that lack a parameter.
@@ -143,9 +148,9 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{name_or_path}: cannot be loaded from safetensors ({one_line(error)})") from error
     model, report = loaded
-    # transformers would fill them with random numbers; the head is not run, so it may be absent
+    # transformers would fill them with random numbers; a head that is not run may be absent
     inner = {id(parameter) for parameter in model.base_model.parameters()}
-    owned = {name for name, parameter in model.named_parameters() if id(parameter) in inner}
+    owned = {name for name, parameter in model.named_parameters() if head or id(parameter) in inner}
     missing = sorted(owned & set(report["missing_keys"]))
     if missing:
         raise InputError(f"{name_or_path}: its weights lack {missing[0]} ({len(missing)} parameters in all)")
@@ -254,7 +259,7 @@ def capture(model: PreTrainedModel, layer: int, hook: Hook) -> Iterator[Captured
     if hook == "resid_post":
         handles = [block.register_forward_hook(lambda _module, _args, out: captured.put(_tensor(out)))]
     else:
-        attention, mlp = _branches(block)
+        attention, mlp = branches(block)
         handles = _watch_sum(block, attention, mlp)
         target = attention if hook == "attn_out" else mlp
         module = block.get_submodule(target)
@@ -270,7 +275,7 @@ def _tensor(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _branches(block: nn.Module) -> tuple[str, str]:
+def branches(block: nn.Module) -> tuple[str, str]:
     """Names of the modules whose outputs a block adds to its residual stream: attention, MLP."""
     have = {name for name, _ in block.named_children()}
     attention: tuple[str, ...] = _ATTENTION

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from fastdiff.crosscoder.model import Crosscoder, geometric_median
+from fastdiff.crosscoder.model import Crosscoder, code_norm_of, geometric_median
+from fastdiff.crosscoder.structure import Structure
 
 
-def random_crosscoder(activation: str, seed: int = 0, F: int = 40, M: int = 2, D: int = 6) -> Crosscoder:
+def random_crosscoder(
+    activation: str, seed: int = 0, F: int = 40, M: int = 2, D: int = 6, code_norm: str = "crosscoder"
+) -> Crosscoder:
     generator = torch.Generator().manual_seed(seed)
-    c = Crosscoder(F, M, D, activation=activation, k=3)
+    c = Crosscoder(F, M, D, activation=activation, k=3, code_norm=code_norm)
     with torch.no_grad():
         for parameter in (c.W_enc, c.b_enc, c.W_dec, c.b_dec):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -16,12 +19,18 @@ def random_crosscoder(activation: str, seed: int = 0, F: int = 40, M: int = 2, D
     return c
 
 
+@pytest.mark.parametrize("code_norm", ["crosscoder", "sae", "none"])
 @pytest.mark.parametrize("activation", ["batchtopk", "topk", "jumprelu", "relu"])
-def test_which_latents_fire(activation):
-    c = random_crosscoder(activation)
-    x = torch.randn(9, 2, 6, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("M", [1, 2, 3])
+def test_which_latents_fire(activation, code_norm, M):
+    c = random_crosscoder(activation, M=M, code_norm=code_norm)
+    x = torch.randn(9, M, 6, generator=torch.Generator().manual_seed(1))
     pre = torch.einsum("bmd,fmd->bf", x, c.W_enc) + c.b_enc
-    s = c.W_dec.norm(dim=-1).sum(1)
+    s = {
+        "crosscoder": c.W_dec.norm(dim=-1).sum(1),
+        "sae": c.W_dec.square().sum(dim=(1, 2)).sqrt(),
+        "none": torch.ones(40),
+    }[code_norm]
     want = {
         "batchtopk": pre.relu() * s > c.threshold,
         "topk": torch.zeros_like(pre).scatter(1, (pre.relu() * s).topk(3, dim=1).indices, 1.0) * (pre > 0) > 0,
@@ -57,6 +66,31 @@ def test_rescaling_a_latent_changes_nothing(activation):
     scaled, again = c.encode(x)
     assert torch.equal(again.col, selection.col) and torch.equal(again.row, selection.row)
     torch.testing.assert_close(c.decode(scaled, again), out, rtol=1e-4, atol=1e-4)
+
+
+def test_code_norms():
+    W_dec = torch.tensor([[[3.0, 4.0], [0.0, 12.0]], [[0.0, 0.0], [0.0, 0.0]]], requires_grad=True)
+    assert code_norm_of(W_dec, "crosscoder").tolist() == [17.0, 0.0]
+    assert code_norm_of(W_dec, "sae").tolist() == [13.0, 0.0]
+    assert code_norm_of(W_dec, "none").tolist() == [1.0, 1.0]
+    for kind in ("crosscoder", "sae"):
+        (gradient,) = torch.autograd.grad(code_norm_of(W_dec, kind).sum(), W_dec)
+        assert bool(gradient.isfinite().all()) and not gradient[1].any()
+
+
+@pytest.mark.parametrize("init", ["shared", "independent"])
+def test_initialisation_obeys_a_structure(init):
+    free, bound = (Crosscoder(12, 2, 8, activation="batchtopk", k=3) for _ in range(2))
+    first = torch.randn(50, 2, 8, generator=torch.Generator().manual_seed(0))
+    free.initialize(first, init=init, seed=5)
+    bound.initialize(first, init=init, seed=5, structure=Structure(shared=3, exclusive=2))
+    for name in ("W_enc", "W_dec"):
+        got, want = getattr(bound, name), getattr(free, name)
+        assert torch.equal(got[:3], want[:3, :1].expand(3, 2, 8))
+        assert torch.equal(got[3:8], want[3:8])
+        assert torch.equal(got[8:10, 0], want[8:10, 0]) and not got[8:10, 1].any()
+        assert torch.equal(got[10:, 1], want[10:, 1]) and not got[10:, 0].any()
+    assert torch.equal(bound.b_dec, free.b_dec)
 
 
 @pytest.mark.parametrize(("init", "equal"), [("shared", True), ("independent", False)])
