@@ -117,7 +117,7 @@ def fit(name: str, seed: int, steps: int) -> Result:
         for key, value in trainer.weights().items():
             getattr(crosscoder, key).data.copy_(value)
     if config.activation == "batchtopk":
-        crosscoder.threshold.fill_(calibrated_threshold(crosscoder, rows[:100_000].split(4096)))
+        crosscoder.threshold.fill_(calibrated_threshold(crosscoder, lambda: rows[:100_000].split(4096)))
     quality = evaluate(crosscoder, held_out.split(4096))
     sums = ScalingSums.zeros(F, M)
     W_dec, b_dec = crosscoder.W_dec.detach().double(), crosscoder.b_dec.detach().double()

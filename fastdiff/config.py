@@ -200,7 +200,7 @@ class TrainConfig(StageConfig):
         "(batchtopk); 0 leaves it at the running mean.",
     )
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
-    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest are kept.")
+    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest stay; with several seeds at least 2.")
     eval_every: NonNegativeInt = Field(0, description="Steps between evaluations on held-out rows; 0: only at the end.")
     eval_tokens: PositiveInt = Field(100_000, description="Held-out rows that one of those looks at.")
     log_every: PositiveInt = Field(50, description="Steps between lines in events.jsonl.")

@@ -276,14 +276,15 @@ class Events:
         """
         line = {"time": round(time.time(), 3), "stage": stage, **facts}
         with full_disk(self._path), self._path.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+            f.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: they become null, wherever they stand in it."""
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

@@ -55,7 +55,7 @@ def jumprelu(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
 def step(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     """1 where z > θ, else 0; the last summand as in `jumprelu`."""
     in_window = (z - theta).abs() < bandwidth / 2
-    return (z > theta).to(z.dtype) - (in_window / bandwidth).detach() * (theta - theta.detach())
+    return (z > theta).to(z.dtype) - (in_window.to(z.dtype) / bandwidth).detach() * (theta - theta.detach())
 
 
 def normalize(batch: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

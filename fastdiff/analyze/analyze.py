@@ -30,12 +30,13 @@ from fastdiff.analyze.classes import CLASSES, classify, decoder_cosine, delta_no
 from fastdiff.analyze.examples import display, write_examples
 from fastdiff.analyze.firing import Firing
 from fastdiff.analyze.scaling import TARGETS, ScalingSums, nu
-from fastdiff.analyze.stability import sample, stability
+from fastdiff.analyze.seeds import comparable, finished_seeds
+from fastdiff.analyze.stability import SAMPLE, stability
 from fastdiff.config import AnalyzeConfig
-from fastdiff.crosscoder.metrics import Quality, evaluate
+from fastdiff.crosscoder.metrics import Quality
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.rows import evaluation_batches, evaluation_groups, evaluation_rows
-from fastdiff.crosscoder.saved import CONFIG, load_crosscoder
+from fastdiff.crosscoder.rows import evaluation_rows, spread_rows
+from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
@@ -102,13 +103,13 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
     source, target = directory_of(run, config.train_seed), run / "analysis"
     settings = config.model_dump()
     with rundir.locked(run):
-        finished = _finished_seeds(run)
+        finished = finished_seeds(run)
         if finished and config.train_seed not in finished:
             seeds = ", ".join(map(str, finished))
             raise InputError(f"{run}: has no crosscoder of seed {config.train_seed}; choose --train-seed {seeds}")
         trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
         inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
-        others, hashes = _comparable(run, finished, config.train_seed, inputs["store"], progress)
+        others, hashes = comparable(run, finished, config.train_seed, inputs["store"], progress)
         inputs |= hashes
         if rundir.is_done(target, "analyze", settings, inputs):
             progress.say(f"analyze: {target} is up to date")
@@ -125,47 +126,6 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         rundir.record(run, "analyze", settings)
         rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
     return target
-
-
-def _finished_seeds(run: Path) -> dict[int, Path]:
-    """The crosscoders of a run, by seed."""
-    directories = (path.parent for path in run.glob(f"crosscoder/seed-*/{rundir.DONE}"))
-    seeds = {directory.name.removeprefix("seed-"): directory for directory in directories}
-    return {int(seed): seeds[seed] for seed in sorted(filter(str.isdecimal, seeds), key=int)}
-
-
-def _comparable(
-    run: Path, finished: dict[int, Path], seed: int, store_sha256: str, progress: Progress
-) -> tuple[dict[int, Path], dict[str, str]]:
-    """Other seeds whose latents live in the same space, so that they can be matched, and the hashes of their weights.
-
-    A seed that was trained on something else is left out, and that is said.
-    """
-    others, hashes = {}, {}
-    mine = _space(rundir.read_json(directory_of(run, seed) / CONFIG))
-    for other, directory in finished.items():
-        if other == seed:
-            continue
-        trained = rundir.require_done(directory, f"fastdiff train STORE -o {run} --seed {other}")
-        space = _space(rundir.read_json(directory / CONFIG))
-        differ = ["store"] * (trained["inputs"]["store"] != store_sha256)
-        differ += [name for name, value in space.items() if value != mine[name]]
-        if differ:
-            progress.say(f"analyze: {directory}: of another {differ[0]}, so no latent is compared with its latents")
-            continue
-        others[other], hashes[f"seed-{other}"] = directory, trained["outputs"]["model.safetensors"]
-    return others, hashes
-
-
-def _space(facts: dict[str, Any]) -> dict[str, Any]:
-    """What decides, beside the store, which space decoder rows live in."""
-    settings = facts["train"]
-    return {
-        "number of models": facts["n_models"],
-        "width": facts["d_model"],
-        "--inputs": settings.get("inputs", "all"),
-        "--normalize": settings["normalize"],
-    }
 
 
 def _store_of(run: Path) -> Path:
@@ -386,7 +346,7 @@ def _stability(
     """The column, and what summary.json says of it."""
     if not others:
         return np.full(crosscoder.dict_size, np.nan), None
-    rows = sample(rows)
+    rows = spread_rows(rows, SAMPLE)
     share = stability(
         crosscoder,
         list(others.values()),
@@ -440,9 +400,8 @@ def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, st
 def _quality(
     store: ActivationStore, crosscoder: Crosscoder, facts: dict[str, Any], config: AnalyzeConfig
 ) -> tuple[Quality, str]:
-    rows, name = evaluation_rows(store, facts["train"]["holdout"])
-    batches = evaluation_batches(store, rows, config.batch_size, groups=True)
-    return evaluate(crosscoder, batches, evaluation_groups(store)), "held out" if name == "held-out" else "all"
+    rows = evaluation_rows(store, facts["train"]["holdout"])
+    return rows.measure(crosscoder, config.batch_size), "held out" if rows.name == "held-out" else "all"
 
 
 def _splice(

@@ -47,6 +47,7 @@ from fastdiff.extract.models import (
     weights_sha256,
 )
 from fastdiff.progress import SILENT, Progress, Task
+from fastdiff.run import finite
 from fastdiff.store.format import TORCH_DTYPES
 from fastdiff.store.reader import ActivationStore
 
@@ -87,14 +88,8 @@ class SpliceFigures:
 
     def facts(self) -> dict[str, Any]:
         """All of it for JSON, which has no NaN: null."""
-        models = [
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in of.items()
-            }
-            for of in map(asdict, self.models)
-        ]
-        return {"tokens": self.tokens, "documents": self.documents, "rows": self.rows, "models": models}
+        facts: dict[str, Any] = finite(asdict(self))
+        return facts
 
     def lines(self) -> list[str]:
         """A sentence for each model."""

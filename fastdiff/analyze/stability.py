@@ -158,12 +158,6 @@ def _solve(row: NDArray[np.int64], column: NDArray[np.int64], weight: NDArray[np
     return np.flatnonzero(partner[row] == column)
 
 
-def sample(rows: NDArray[np.int64], most: int = SAMPLE) -> NDArray[np.int64]:
-    """At most so many rows, evenly spaced, always the same."""
-    n = min(most, len(rows))
-    return rows[np.arange(n) * len(rows) // max(n, 1)]
-
-
 def stability(
     crosscoder: Crosscoder,
     others: list[Path],

@@ -12,9 +12,8 @@ from fastdiff import run as rundir
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.checkpoint import Checkpoints
 from fastdiff.crosscoder.fused_trainer import FusedTrainer, make_trainer
-from fastdiff.crosscoder.metrics import evaluate
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.rows import evaluation_batches, evaluation_groups, evaluation_rows
+from fastdiff.crosscoder.rows import EvaluationRows, evaluation_rows
 from fastdiff.crosscoder.trainer import Trainer
 from fastdiff.errors import ResourceError
 from fastdiff.interrupt import StopRequests
@@ -102,6 +101,7 @@ def run_steps(
     config = members[0].config
     device = members[0].crosscoder.b_enc.device
     meter = _Meter(shuffler)
+    held_out = evaluation_rows(store, config.holdout, config.eval_tokens) if config.eval_every else None
     with progress.task("train", config.steps, "steps", start=start) as task:
         for step, batch in enumerate(shuffler.stream(start, config.steps, device), start + 1):
             ks = [member.trainer.k for member in members]
@@ -116,9 +116,9 @@ def run_steps(
                     note = note or _note(line)
             task.advance(1, note)
             last = step == config.steps
-            if config.eval_every and step % config.eval_every == 0 and not last:
+            if held_out is not None and step % config.eval_every == 0 and not last:
                 for member in members:
-                    _evaluate(member, store, step, events)
+                    _evaluate(member, held_out, step, events)
             asked = stop.signal is not None
             if asked or (step % config.checkpoint_every == 0 and not last):
                 # there must always be a step that all have
@@ -164,15 +164,13 @@ def _note(line: dict[str, Any]) -> str:
     return f"fve {fve}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}  wait {line['loader_wait']:.0%}"
 
 
-def _evaluate(member: Member, store: ActivationStore, step: int, events: rundir.Events) -> None:
+def _evaluate(member: Member, rows: EvaluationRows, step: int, events: rundir.Events) -> None:
     """Measure on held-out rows; the best crosscoder so far is kept."""
     config = member.config
     # a step that is not finite must not be evaluated, and on CUDA steps may still be under way
     member.trainer.state()
-    rows, name = evaluation_rows(store, config.holdout, config.eval_tokens)
-    batches = evaluation_batches(store, rows, config.batch_size, groups=True, check_crc=config.check_reads)
-    quality = evaluate(member.crosscoder, batches, evaluation_groups(store))
-    events.write("evaluate", step=step, seed=config.seed, rows=name, **quality.facts())
+    quality = rows.measure(member.crosscoder, config.batch_size, check_crc=config.check_reads)
+    events.write("evaluate", step=step, seed=config.seed, rows=rows.name, **quality.facts())
     if quality.fve_pooled > (-math.inf if member.best is None else member.best):
         member.best = quality.fve_pooled
         found = {"train": config.identity(), "steps": step, "fve_pooled": quality.fve_pooled}

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.errors import InputError
 from fastdiff.kernels.selection import row_chunks
+from fastdiff.run import finite
 
 # stored activations [B, M_stored, D], alone or with the group of each row by grouping, (B,) integers each
 Batch = Tensor | tuple[Tensor, Mapping[str, NDArray[Any]]]
@@ -79,7 +80,8 @@ class Quality:
 
     def facts(self) -> dict[str, Any]:
         """All of it for JSON, which has no NaN: null."""
-        return {name: _finite(value) for name, value in asdict(self).items()}
+        facts: dict[str, Any] = finite(asdict(self))
+        return facts
 
 
 def l0_gap(quality: Quality) -> float:
@@ -268,11 +270,3 @@ def _percentiles(counts: NDArray[np.int64], shares: Sequence[float]) -> list[flo
         low, high = np.searchsorted(ends, (math.floor(rank), math.ceil(rank)), side="right").tolist()
         found.append(low + (high - low) * (rank - math.floor(rank)))
     return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list) else value

@@ -1,29 +1,61 @@
-"""Which rows of a store are evaluated on, in batches with the source and role of each row."""
+"""Rows of a store in batches: those that are evaluated on, with the source and role of each, and samples of others."""
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fastdiff.crosscoder.metrics import Batch
+from fastdiff.crosscoder.metrics import Batch, Quality, evaluate
+from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.store.reader import ActivationStore
 
-# store column, by grouping
-_GROUPINGS = {"source": "sources", "role": "roles"}
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """The rows a crosscoder is measured on; made once, since it reads columns of the whole store."""
+
+    store: ActivationStore
+    numbers: NDArray[np.int64]
+    name: Literal["held-out", "training"]
+    groups: dict[str, tuple[NDArray[Any], list[str]]]  # by grouping: the group of each row, and the groups' names
+
+    def measure(self, crosscoder: Crosscoder, batch_size: int, *, check_crc: bool = False) -> Quality:
+        """Quality on these rows.
+
+        Raises:
+            InputError: A row holds NaN or infinity, or is not what was written.
+        """
+        names = {grouping: of for grouping, (_, of) in self.groups.items()}
+        return evaluate(crosscoder, self._batches(batch_size, check_crc), names)
+
+    def _batches(self, batch_size: int, check_crc: bool) -> Iterator[Batch]:
+        at = 0
+        for batch in row_batches(self.store, self.numbers, batch_size, check_crc=check_crc):
+            part = slice(at, at + len(batch))
+            yield batch, {grouping: codes[part] for grouping, (codes, _) in self.groups.items()}
+            at += len(batch)
 
 
-def evaluation_rows(
-    store: ActivationStore, holdout: float, most: int | None = None
-) -> tuple[NDArray[np.int64], Literal["held-out", "training"]]:
-    """Numbers of the held-out rows, or of all where none are held out, without BOS; at most so many, evenly spread."""
+def evaluation_rows(store: ActivationStore, holdout: float, most: int | None = None) -> EvaluationRows:
+    """The held-out rows, or all where none are held out, without BOS; at most so many, evenly spread."""
     start = store.n_train(holdout)
     held_out = start < store.n_rows
     rows = np.arange(start if held_out else 0, store.n_rows, dtype=np.int64)
     usable = store.usable_rows()
     if usable is not None:
         rows = np.intersect1d(rows, usable)
-    return spread_rows(rows, most or len(rows)), "held-out" if held_out else "training"
+    rows = spread_rows(rows, most or len(rows))
+    # numbered: two data sets may have the same name, and one may have several categories
+    sources = [f"{i} {s.category or s.dataset}" for i, s in enumerate(store.meta.sources or [])]
+    groups = {}
+    for grouping, column, names in (("source", "sources", sources), ("role", "roles", store.meta.roles or [])):
+        codes = store.column(column) if names else None
+        if codes is not None:
+            groups[grouping] = (codes[rows], names)
+    return EvaluationRows(store, rows, "held-out" if held_out else "training", groups)
 
 
 def spread_rows(rows: int | NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -33,25 +65,10 @@ def spread_rows(rows: int | NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return chosen if isinstance(rows, int) else rows[chosen]
 
 
-def evaluation_groups(store: ActivationStore) -> dict[str, list[str]]:
-    """Names of the groups of rows, by grouping; only of groupings that the store has."""
-    names: dict[str, list[str]] = {}
-    if store.meta.sources and store.column("sources") is not None:
-        # numbered: two data sets may have the same name, and one may have several categories
-        names["source"] = [f"{i} {s.category or s.dataset}" for i, s in enumerate(store.meta.sources)]
-    if store.meta.roles and store.column("roles") is not None:
-        names["role"] = list(store.meta.roles)
-    return names
-
-
-def evaluation_batches(
-    store: ActivationStore, rows: NDArray[np.int64], batch_size: int, *, groups: bool = False, check_crc: bool = False
-) -> Iterator[Batch]:
-    """Stored activations of these rows [B, M_stored, D], with the group of each row where that is asked for."""
+def row_batches(
+    store: ActivationStore, rows: NDArray[np.int64], batch_size: int, *, check_crc: bool = False
+) -> Iterator[Tensor]:
+    """Stored activations of these rows, [B, M_stored, D] each."""
     crc = store.crc32c() if check_crc else None
-    columns = {name: store.column(_GROUPINGS[name]) for name in evaluation_groups(store)} if groups else {}
     for begin in range(0, len(rows), batch_size):
-        part = rows[begin : begin + batch_size]
-        batch = store.rows(part, crc=crc)
-        codes = {name: column[part] for name, column in columns.items() if column is not None}
-        yield (batch, codes) if groups else batch
+        yield store.rows(rows[begin : begin + batch_size], crc=crc)

@@ -29,11 +29,6 @@ class Structure:
     shared: int
     exclusive: int  # per model
 
-    @property
-    def is_free(self) -> bool:
-        """True if every latent is free."""
-        return self.shared == 0 and self.exclusive == 0
-
     def owned(self, dict_size: int, n_models: int) -> list[slice]:
         """The exclusive latents of each model."""
         start, n = dict_size - n_models * self.exclusive, self.exclusive
@@ -42,10 +37,7 @@ class Structure:
     @torch.no_grad()
     def impose(self, W_enc: Tensor, W_dec: Tensor) -> None:
         """Make free weights [F, M, D], as initialisation draws them, obey."""
-        for m, own in enumerate(self.owned(*W_enc.shape[:2])):
-            for weight in (W_enc, W_dec):
-                weight[own, :m] = 0
-                weight[own, m + 1 :] = 0
+        self._clear_absent(W_enc, W_dec)
         # a tied row that reads the models along other directions than it writes would begin as noise
         self.tie(W_enc)
         self.tie(W_dec)
@@ -59,12 +51,16 @@ class Structure:
     @torch.no_grad()
     def project(self, g_enc: Tensor, g_dec: Tensor) -> None:
         """Make the gradients [F, M, D] of both weights obey, in place."""
-        for m, own in enumerate(self.owned(*g_enc.shape[:2])):
-            for gradient in (g_enc, g_dec):
-                gradient[own, :m] = 0
-                gradient[own, m + 1 :] = 0
+        self._clear_absent(g_enc, g_dec)
         if self.shared:
             g_dec[: self.shared] = g_dec[: self.shared].sum(dim=1, keepdim=True)
+
+    def _clear_absent(self, *tensors: Tensor) -> None:
+        """Zero what an exclusive latent does not have, in [F, M, D]."""
+        for tensor in tensors:
+            for m, own in enumerate(self.owned(*tensor.shape[:2])):
+                tensor[own, :m] = 0
+                tensor[own, m + 1 :] = 0
 
 
 def structure_of(config: TrainConfig, n_models: int) -> Structure:

@@ -15,9 +15,9 @@ from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.checkpoint import Checkpoints, common_step
 from fastdiff.crosscoder.inputs import input_stats, n_inputs
 from fastdiff.crosscoder.loop import Member, run_steps
-from fastdiff.crosscoder.metrics import Quality, evaluate, l0_gap
+from fastdiff.crosscoder.metrics import Quality, l0_gap
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.rows import evaluation_batches, evaluation_groups, evaluation_rows, spread_rows
+from fastdiff.crosscoder.rows import evaluation_rows, row_batches, spread_rows
 from fastdiff.crosscoder.saved import CONFIG, MODEL, save_crosscoder
 from fastdiff.crosscoder.structure import structure_of
 from fastdiff.crosscoder.threshold import calibrated_threshold
@@ -201,15 +201,14 @@ def _finish(
     if config.activation == "batchtopk" and config.calibrate_tokens:
         followed = float(crosscoder.threshold[0])
         sample = spread_rows(rows, config.calibrate_tokens)
-        found = calibrated_threshold(crosscoder, evaluation_batches(store, sample, config.batch_size))
+        found = calibrated_threshold(crosscoder, lambda: row_batches(store, sample, config.batch_size))
         crosscoder.threshold.fill_(found)
         events.write("threshold", seed=config.seed, running_mean=followed, calibrated=found, rows=len(sample))
-    held_out, name = evaluation_rows(store, config.holdout)
-    batches = evaluation_batches(store, held_out, config.batch_size, groups=True, check_crc=config.check_reads)
-    quality = evaluate(crosscoder, batches, evaluation_groups(store))
-    facts = {"rows": name, "l0_gap": l0_gap(quality), **quality.facts()}
+    held_out = evaluation_rows(store, config.holdout)
+    quality = held_out.measure(crosscoder, config.batch_size, check_crc=config.check_reads)
+    facts = {"rows": held_out.name, "l0_gap": l0_gap(quality), **quality.facts()}
     events.write("evaluate", step=config.steps, seed=config.seed, **facts)
-    _report(quality, name, config, progress)
+    _report(quality, held_out.name, config, progress)
 
 
 def _save(member: Member, store: ActivationStore, shuffler: Shuffler, inputs: dict[str, str]) -> None:

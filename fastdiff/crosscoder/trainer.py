@@ -1,6 +1,6 @@
 """Training steps by autograd: every objective, on sparse or dense products. `fused_trainer` is the fast way.
 
-Runs what has no fused step (see `fused_trainer.has_fused_step`) and, with `backend="dense"`, everything by the
+Runs what has no fused step (see `fused_trainer.why_not_fused`) and, with `backend="dense"`, everything by the
 definition.
 """
 

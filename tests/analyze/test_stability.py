@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from fastdiff.analyze import stability as module
 from fastdiff.analyze.analyze import COLUMNS, analyze
-from fastdiff.analyze.stability import match, maximum_matching, sample, stability
+from fastdiff.analyze.stability import match, maximum_matching, stability
 from fastdiff.config import AnalyzeConfig, TrainConfig
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.saved import save_crosscoder
@@ -237,14 +237,6 @@ def test_stability_is_the_share_of_seeds_with_a_good_match(store, tmp_path):
     assert share[1:3].tolist() == [2 / 3, 2 / 3] and (share[3:] == 1).all()
     loose = stability(a, directories, store, ALL, batch_size=256, min_cosine=0.4, min_coactivation=0.01)
     assert (loose[1:] == 1).all()
-
-
-def test_a_sample_is_spread_evenly_over_the_rows():
-    rows = np.arange(0, 3000, 3)
-    assert sample(rows, 5000).tolist() == rows.tolist()
-    assert sample(rows, 4).tolist() == [0, 750, 1500, 2250]
-    assert sample(rows[:0]).tolist() == []
-    assert len(np.unique(sample(np.arange(123_457)))) == 50_000
 
 
 def small_config(**changes) -> TrainConfig:

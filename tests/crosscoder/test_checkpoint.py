@@ -290,9 +290,17 @@ class TestErrors:
         assert "no space left" in raised.value.__notes__[0]
 
     def test_two_failures_are_one_exception_with_a_note(self, tmp_path, full):
+        both, fails = threading.Event(), saved.save_file
+
+        def save_file(*arguments, **named):
+            both.wait(10)
+            fails(*arguments, **named)
+
+        full.setattr(saved, "save_file", save_file)
         with pytest.raises(ResourceError) as raised, Checkpoints(tmp_path / "c", 2) as kept:
             kept.save(5, make(), moments(), {})
-            kept.save_best(make(), {})
+            kept.save_best(make(), {})  # would tell of the first, had it failed already
+            both.set()
         assert "step-000005" in str(raised.value) and "best" in raised.value.__notes__[0]
 
     def test_any_other_error_comes_through(self, tmp_path, monkeypatch):
