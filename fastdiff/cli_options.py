@@ -69,11 +69,13 @@ def _option(name: str, field: "FieldInfo") -> click.Option:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
-    many = typing.get_origin(kind) is list
+    many = typing.get_origin(kind) is list  # the option is repeated
+    if many:
+        kind = typing.get_args(kind)[0]
     listed = typing.get_origin(kind) is tuple  # comma-separated
     if field.is_required():
         note = "[required]"
-    elif field.default in (None, ()):
+    elif field.default in (None, (), []):
         note = ""
     else:
         default = f"{field.default:.5g}" if isinstance(field.default, float) else field.default
@@ -82,8 +84,8 @@ def _option(name: str, field: "FieldInfo") -> click.Option:
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     if typing.get_origin(kind) is Literal:
-        return click.Option([flag], type=click.Choice(typing.get_args(kind)), help=text)
-    return click.Option([flag], type=str if many or listed else kind, multiple=many, help=text)
+        return click.Option([flag], type=click.Choice(typing.get_args(kind)), multiple=many, help=text)
+    return click.Option([flag], type=str if listed else kind, multiple=many, help=text)
 
 
 def shared(command: Command) -> Command:

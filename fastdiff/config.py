@@ -84,7 +84,7 @@ class TrainConfig(StageConfig):
 
     # how often training looks, writes and reports: no weight depends on it, so it may change when a run is continued
     WATCHING: ClassVar[frozenset[str]] = frozenset(
-        {"check_reads", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "eval_tokens"}
+        {"check_reads", "checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "eval_tokens", "track"}
     )
 
     inputs: str = Field(
@@ -204,6 +204,10 @@ class TrainConfig(StageConfig):
     eval_every: NonNegativeInt = Field(0, description="Steps between evaluations on held-out rows; 0: only at the end.")
     eval_tokens: PositiveInt = Field(100_000, description="Held-out rows that one of those looks at.")
     log_every: PositiveInt = Field(50, description="Steps between lines in events.jsonl.")
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [],
+        description="Where figures go besides events.jsonl, on this machine unless WANDB_MODE=online. May be repeated.",
+    )
     seed: Seed = Field(0, description="Initialisation of the weights.")
     seeds: Seeds = Field((), description="Several seeds at once, over one pass of the data, such as 0,1,2.")
     data_seed: Seed = Field(0, description="Order of the data.")

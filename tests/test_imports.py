@@ -23,7 +23,7 @@ ROWS = [
     {"annotate"},
     {"analyze"},
     {"crosscoder", "extract"},
-    {"store"},
+    {"store", "tracking"},
     {"run"},
     {"progress", "device", "memory", "interrupt"},
     {"config"},

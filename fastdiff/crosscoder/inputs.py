@@ -42,6 +42,11 @@ def n_inputs(inputs: str, n_stored: int) -> int:
     return 1 if inputs == "difference" else len(numbers)
 
 
+def input_names(inputs: str, models: list[str]) -> list[str]:
+    """A name for each of the M inputs, given those of the stored models."""
+    return ["difference"] if inputs == "difference" else [models[i] for i in chosen_models(inputs, len(models))]
+
+
 def take(x: Tensor, inputs: str) -> Tensor:
     """The inputs [B, M, D] of stored activations [B, M_stored, D]; a difference is float32, the rest as stored."""
     if inputs == "all":

@@ -22,6 +22,7 @@ from fastdiff.memory import is_out_of_memory
 from fastdiff.progress import Progress
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.shuffler import Shuffler
+from fastdiff.tracking import Trackers
 
 
 class Member:
@@ -36,6 +37,7 @@ class Member:
         crosscoder: Its weights.
         checkpoints: Where it is kept.
         micro_batch: Tokens at a time that an earlier process had backed off to; None is what the configuration says.
+        trackers: Where its figures go besides `events.jsonl`.
     """
 
     trainer: Trainer | FusedTrainer
@@ -47,7 +49,9 @@ class Member:
         crosscoder: Crosscoder,
         checkpoints: Checkpoints,
         micro_batch: int | None,
+        trackers: Trackers,
     ):
+        self.trackers = trackers
         self.config, self.target, self.crosscoder, self.checkpoints = config, target, crosscoder, checkpoints
         self.best: float | None = None  # largest pooled fve of an evaluation
         self.micro_batch = micro_batch or config.micro_batch or config.batch_size
@@ -102,7 +106,7 @@ def run_steps(
     device = members[0].crosscoder.b_enc.device
     meter = _Meter(shuffler)
     held_out = evaluation_rows(store, config.holdout, config.eval_tokens) if config.eval_every else None
-    with progress.task("train", config.steps, "steps", start=start) as task:
+    with progress.task("train", config.steps, "steps", start, rate=(config.batch_size, "tokens")) as task:
         for step, batch in enumerate(shuffler.stream(start, config.steps, device), start + 1):
             ks = [member.trainer.k for member in members]
             for member in members:
@@ -113,6 +117,7 @@ def run_steps(
                 for member, k in zip(members, ks, strict=True):
                     line = _log_line(member.trainer.window(), member.config, k) | speed
                     events.write("train", step=step, seed=member.config.seed, **line)
+                    member.trackers.log(step, {"train": line})
                     note = note or _note(line)
             task.advance(1, note)
             last = step == config.steps
@@ -170,7 +175,9 @@ def _evaluate(member: Member, rows: EvaluationRows, step: int, events: rundir.Ev
     # a step that is not finite must not be evaluated, and on CUDA steps may still be under way
     member.trainer.state()
     quality = rows.measure(member.crosscoder, config.batch_size, check_crc=config.check_reads)
-    events.write("evaluate", step=step, seed=config.seed, rows=rows.name, **quality.facts())
+    facts = {"rows": rows.name, **quality.facts()}
+    events.write("evaluate", step=step, seed=config.seed, **facts)
+    member.trackers.log(step, {"evaluate": facts})
     if quality.fve_pooled > (-math.inf if member.best is None else member.best):
         member.best = quality.fve_pooled
         found = {"train": config.identity(), "steps": step, "fve_pooled": quality.fve_pooled}

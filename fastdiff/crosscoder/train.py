@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastdiff import run as rundir
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.checkpoint import Checkpoints, common_step
-from fastdiff.crosscoder.inputs import input_stats, n_inputs
+from fastdiff.crosscoder.inputs import input_names, input_stats, n_inputs
 from fastdiff.crosscoder.loop import Member, run_steps
 from fastdiff.crosscoder.metrics import Quality, l0_gap
 from fastdiff.crosscoder.model import Crosscoder
@@ -27,6 +27,7 @@ from fastdiff.interrupt import stop_requests
 from fastdiff.progress import SILENT, Progress
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.shuffler import Shuffler
+from fastdiff.tracking import check_trackers, open_trackers
 
 # inference and training disagree by more than this share of L0: worth a warning
 _L0_GAP = 0.05
@@ -84,6 +85,7 @@ def train_seeds(
         FastdiffError: The loss is not finite.
         LockedError: Another process writes to the run.
     """
+    check_trackers(config.track)
     configs = [config.of_seed(seed) for seed in config.seeds or (config.seed,)]
     with ActivationStore(store_path) as store, rundir.locked(run), _threads(config.threads):
         inputs, left = {"store": store.sha256()}, []
@@ -134,7 +136,18 @@ def _train(
                 inputs=one.inputs,
             ).to(device)
             tensors, state = ({}, None) if step is None else kept.load(step, crosscoder)
-            member = Member(one, target, crosscoder, kept, None if state is None else state["micro_batch"])
+            trackers = stack.enter_context(
+                open_trackers(
+                    one.track,
+                    run,
+                    target.name,
+                    one.model_dump(mode="json"),
+                    progress,
+                    start=step or 0,
+                    models=input_names(one.inputs, [model.name for model in store.meta.models]),
+                )
+            )
+            member = Member(one, target, crosscoder, kept, None if state is None else state["micro_batch"], trackers)
             if state is not None:
                 member.trainer.load_state(tensors, state["step"])
                 member.best = state["best"]
@@ -208,6 +221,7 @@ def _finish(
     quality = held_out.measure(crosscoder, config.batch_size, check_crc=config.check_reads)
     facts = {"rows": held_out.name, "l0_gap": l0_gap(quality), **quality.facts()}
     events.write("evaluate", step=config.steps, seed=config.seed, **facts)
+    member.trackers.log(config.steps, {"evaluate": facts})
     _report(quality, held_out.name, config, progress)
 
 

@@ -1,5 +1,6 @@
 """The training stage: exact resume, skipping by hash, and what is refused."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import train as stage
@@ -117,6 +119,53 @@ def test_another_configuration_is_refused_and_overwrite_replaces_it(tmp_path):
     assert load_crosscoder(tmp_path / "run" / "crosscoder" / "seed-0")[1]["k"] == 5
     with pytest.raises(OptionError, match="another store"):
         stage.train(make_store(tmp_path / "other", seed=1), tmp_path / "run", config(k=5))
+
+
+def curve(run, seed, tag):
+    events = EventAccumulator(str(run / "tensorboard" / f"seed-{seed}"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def written(run, stage, seed):
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage and line.get("seed") == seed]
+
+
+def test_tracked_figures_are_those_of_events_and_cost_no_bit(tmp_path):
+    store, run = make_store(tmp_path / "acts"), tmp_path / "run"
+    stage.train(store, run, config(seeds=(0, 1), track=["tensorboard"], eval_every=20))
+    for seed in (0, 1):
+        lines = written(run, "train", seed)
+        assert [step for step, _ in curve(run, seed, "train/loss")] == [10, 20, 30, 40]
+        for i, model in enumerate("bt"):
+            want = [(line["step"], np.float32(line["fve"][i])) for line in lines]
+            assert curve(run, seed, f"train/fve/{model}") == want
+        want = [(line["step"], np.float32(line["l0_mean"])) for line in written(run, "evaluate", seed)]
+        assert curve(run, seed, "evaluate/l0_mean") == want and [step for step, _ in want] == [20, 40]
+    stage.train(store, tmp_path / "alone", config())
+    assert weights(run) == weights(tmp_path / "alone")
+    assert not (tmp_path / "alone" / "tensorboard").exists()
+
+
+def test_a_resumed_run_goes_on_with_its_curves(tmp_path, monkeypatch):
+    store, run, step = make_store(tmp_path / "acts"), tmp_path / "run", FusedTrainer.step
+    monkeypatch.setattr(
+        FusedTrainer, "step", lambda self, b: step(self, b) if self.step_number < 35 else pytest.fail("killed")
+    )
+    with pytest.raises(pytest.fail.Exception):
+        stage.train(store, run, config(track=["tensorboard"], checkpoint_every=20))
+    monkeypatch.undo()
+    stage.train(store, run, config(track=["tensorboard"], checkpoint_every=20))
+    assert [at for at, _ in curve(run, 0, "train/loss")] == [10, 20, 30, 40], "step 30 is logged twice and kept once"
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(OptionError, match="--track wandb: not installed"):
+        stage.train(make_store(tmp_path / "acts"), tmp_path / "run", config(track=["wandb"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_share_a_run_and_differ(tmp_path):
