@@ -147,9 +147,13 @@ class TrainConfig(StageConfig):
     )
     l1_coef: float = Field(0.05, ge=0, description="Weight of the L1 penalty (relu).")
     sparsity: Literal["target", "l0", "tanh"] = Field(
-        "target", description="Penalty of jumprelu: (L0/k - 1)^2, L0, or tanh of the activations."
+        "target", description="Penalty of jumprelu: L0's distance from k, L0, or tanh of the activations."
     )
-    l0_coef: float = Field(1.0, ge=0, description="Weight of that penalty (jumprelu).")
+    l0_coef: float = Field(
+        2.0,
+        ge=0,
+        description="Weight of that penalty (jumprelu); with target relative to the loss of reconstructing nothing.",
+    )
     tanh_scale: float = Field(4.0, gt=0, description="Steepness of the tanh penalty (jumprelu).")
     preact_coef: float = Field(
         0.0, ge=0, description="Weight of what pre-activations lack to the threshold (jumprelu); costs dense products."
@@ -233,6 +237,10 @@ class TrainConfig(StageConfig):
             raise ValueError(f"seeds must differ, got {','.join(map(str, self.seeds))}")
         if list(self.matryoshka) != sorted(set(self.matryoshka)):
             raise ValueError(f"matryoshka must rise, got {','.join(map(str, self.matryoshka))}")
+        # as the trainer counts; the whole dictionary is the last of them
+        ends = [*(max(1, round(share * self.dict_size)) for share in self.matryoshka), self.dict_size]
+        if len(set(ends)) < len(ends):
+            raise ValueError(f"matryoshka must give different numbers of latents, got {','.join(map(str, ends))}")
         if self.shared_latents > self.dict_size:
             raise ValueError(f"shared_latents must not exceed dict_size={self.dict_size}, got {self.shared_latents}")
         if self.k > self.dict_size:

@@ -33,6 +33,8 @@ class FusedTrainer:
             raise ValueError(f"{why_not} has no fused step; use Trainer")
         self.crosscoder, self.config = crosscoder, config
         self._kept = list[Figures]()
+        # of a step that was given up; there until the next one is made, which may fail for lack of memory too
+        self._carried: dict[str, Tensor] | None = None
         self.step_number = 0
         weights = {name: getattr(crosscoder, name).detach() for name in _NAMES}
         # biases are few: their moments stay float32
@@ -57,11 +59,11 @@ class FusedTrainer:
         Raises:
             OptionError: An option does not go with the device.
         """
-        config, state = self.config, None
+        config = self.config
         device = self.crosscoder.b_enc.device
         if hasattr(self, "_step"):
             self._kept.append(self._step.figures())
-            state = self._step.state()
+            self._carried = self._step.state()
             del self._step  # its buffers make room for the new ones
         precision = config.precision
         if precision == "auto":
@@ -86,8 +88,9 @@ class FusedTrainer:
         except ValueError as error:
             raise OptionError(str(error)) from error
         self.micro_batch = micro_batch
-        if state is not None:
-            self._step.load_state(state)
+        if self._carried is not None:
+            self._step.load_state(self._carried)
+            self._carried = None
 
     @property
     def k(self) -> int:

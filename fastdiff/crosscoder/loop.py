@@ -68,14 +68,16 @@ class Member:
         Raises:
             ResourceError: Not even one token at a time fits the memory.
         """
+        fits = True
         while True:
             try:
+                if not fits:
+                    self.trainer.back_off(self.micro_batch)
                 self.trainer.step(batch)
                 return
             except (MemoryError, RuntimeError) as error:
                 self._halve(error)
-            self.trainer.back_off(self.micro_batch)
-            step = self.trainer.step_number
+            fits, step = False, self.trainer.step_number
             events.write("back_off", seed=self.config.seed, step=step, micro_batch=self.micro_batch)
             progress.say(f"train: out of memory at step {step}; from here on {self.micro_batch} tokens at a time")
 

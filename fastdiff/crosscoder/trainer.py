@@ -34,6 +34,13 @@ class _Chosen(NamedTuple):
     lowest: Tensor  # smallest selected score, infinite where there is none
 
 
+class _Batch(NamedTuple):
+    """What the parts of a batch must know of the whole."""
+
+    l0: float
+    scale: Tensor  # the loss of reconstructing nothing, []
+
+
 class Trainer:
     """Steps a crosscoder; `state` and `load_state` carry it across processes, `window` says how it goes.
 
@@ -83,11 +90,12 @@ class Trainer:
         since = torch.where(fired, 0, self.tokens_since_fired + len(x))
         dead = (since >= config.dead_tokens).nonzero().squeeze(1)
         n_active = sum(len(one.active) for one in chosen)
+        whole = _Batch(n_active / len(x), losses.reconstruction(x, config.loss))
 
         self._adam.zero_grad()
         total, squared_error = 0.0, torch.zeros(x.shape[1], dtype=torch.float64)
         for part, one in zip(parts, chosen, strict=True):
-            loss, error = self._loss(part, one, k, dead, share=len(part) / len(x), l0=n_active / len(x))
+            loss, error = self._loss(part, one, k, dead, share=len(part) / len(x), whole=whole)
             if not bool(torch.isfinite(loss)):
                 raise FastdiffError(f"step {t}: the loss is {loss.item()}; lower --lr or look at the activations")
             loss.backward()
@@ -102,8 +110,8 @@ class Trainer:
         self.step_number += 1
         if config.activation == "jumprelu" and config.sparsity == "target":
             # every part's loss holds the penalty of the whole batch
-            weight = config.l0_coef * schedule.ramp(t, config.sparsity_warmup_steps)
-            l0 = torch.tensor(n_active / len(x), dtype=torch.float64)
+            weight = config.l0_coef * schedule.ramp(t, config.sparsity_warmup_steps) * float(whole.scale)
+            l0 = torch.tensor(whole.l0, dtype=torch.float64)
             total -= (len(parts) - 1) * weight * float(losses.l0_target(l0, k))
         centred = x - x.mean(dim=0)
         self._figures.append(
@@ -159,7 +167,7 @@ class Trainer:
         return ops.batchtopk(pre, k, scale=scale, backend=self._backend)
 
     def _loss(
-        self, x: Tensor, chosen: _Chosen, k: int, dead: Tensor, *, share: float, l0: float
+        self, x: Tensor, chosen: _Chosen, k: int, dead: Tensor, *, share: float, whole: _Batch
     ) -> tuple[Tensor, Tensor]:
         """What a micro-batch x̃ [B, M, D] adds to the loss, and its errors [B, M, D].
 
@@ -169,7 +177,7 @@ class Trainer:
             k: Of this step.
             dead: Latents that count as dead.
             share: Its share of the tokens.
-            l0: Active latents per token of the whole batch.
+            whole: Of the batch it is a part of.
         """
         c, config, backend = self.crosscoder, self.config, self._backend
         pairs, flat = chosen.pairs, x.flatten(1)
@@ -179,7 +187,7 @@ class Trainer:
         extra = x.new_zeros(())
         if config.activation == "jumprelu":
             theta = ops.at_entries(pairs, c.threshold, backend=backend)
-            extra = config.l0_coef * weight * self._jumprelu_penalty(x, values, theta, pairs, k, share, l0)
+            extra = config.l0_coef * weight * self._jumprelu_penalty(x, values, theta, pairs, k, share, whole)
             values = ops.jumprelu(values, theta, config.bandwidth, backend=backend)
             if config.preact_coef:
                 dense = torch.addmm(c.b_enc, flat, c.W_enc.flatten(1).T)
@@ -219,7 +227,7 @@ class Trainer:
         return errors
 
     def _jumprelu_penalty(
-        self, x: Tensor, values: Tensor, theta: Tensor, pairs: Selection, k: int, share: float, l0: float
+        self, x: Tensor, values: Tensor, theta: Tensor, pairs: Selection, k: int, share: float, whole: _Batch
     ) -> Tensor:
         """What the penalty of jumprelu is before its weight; `l0` of the whole batch, of which `share` is x̃."""
         c, config, backend = self.crosscoder, self.config, self._backend
@@ -231,7 +239,7 @@ class Trainer:
         if config.sparsity == "l0":
             return share * (steps * self._penalty_weight()[pairs.col]).sum() / len(x)
         own = share * steps.sum() / len(x)
-        return losses.l0_target(own + (l0 - own).detach(), k)
+        return whole.scale * losses.l0_target(own + (whole.l0 - own).detach(), k)
 
     def _penalty_weight(self) -> Tensor:
         """W [F]: less than 1 for designated shared latents."""

@@ -59,7 +59,16 @@ def test_l1_weighs_activations_by_decoder_norms():
 
 def test_l0_target_is_zero_on_target():
     assert losses.l0_target(torch.tensor(8.0), 8).item() == 0.0
-    assert losses.l0_target(torch.tensor(12.0), 8).item() == pytest.approx(0.25)
+    assert losses.l0_target(torch.tensor(8.25), 8).item() == pytest.approx((1 / 32) ** 2)
+    assert losses.l0_target(torch.tensor(7.75), 8).item() == pytest.approx((1 / 32) ** 2)
+
+
+def test_l0_far_from_the_target_pulls_no_harder():
+    slopes = []
+    for value in (8.5 + 1e-3, 12.0, 4096.0):
+        l0 = torch.tensor(value, requires_grad=True)
+        slopes.append(torch.autograd.grad(losses.l0_target(l0, 8), l0)[0].item() * 8)
+    assert slopes == pytest.approx([2 / 16] * 3)
 
 
 def test_auxk_ranks_by_the_code_norm():

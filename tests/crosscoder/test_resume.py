@@ -188,6 +188,27 @@ def test_a_resumed_run_keeps_the_smaller_micro_batch(store, tmp_path, monkeypatc
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
+def test_memory_may_run_out_again_while_a_smaller_step_is_made(store, tmp_path, monkeypatch):
+    forward, make = TorchStep._forward, TorchStep.__init__
+
+    def limited(self, at, *arguments):
+        if at.stop - at.start > 16:
+            raise MemoryError
+        return forward(self, at, *arguments)
+
+    def refuses(self, settings, *arguments):
+        if settings.n_tokens == 32:
+            raise MemoryError
+        make(self, settings, *arguments)
+
+    monkeypatch.setattr(TorchStep, "_forward", limited)
+    train(store, tmp_path / "one", TrainConfig(**options()))
+    monkeypatch.setattr(TorchStep, "__init__", refuses)
+    train(store, tmp_path / "two", TrainConfig(**options()))
+    assert [line["micro_batch"] for line in events(tmp_path / "two", "back_off")] == [32, 16]
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
 def test_no_memory_at_all_is_one_line(store, tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError

@@ -113,7 +113,9 @@ def dense_loss(config: TrainConfig, p: dict[str, Tensor], x: Tensor, dead: Tenso
         f = pre * fires - theta.detach() * moved
         steps = fires - moved
         if config.sparsity == "target":
-            extra = config.l0_coef * (steps.sum(dim=1).mean() / K - 1) ** 2
+            off = (steps.sum(dim=1).mean() / K - 1).abs()
+            penalty = torch.where(off <= 1 / 16, off**2, (2 * off - 1 / 16) / 16)
+            extra = config.l0_coef * reconstruction(x, config) * penalty
         elif config.sparsity == "l0":
             extra = config.l0_coef * (steps * weight).sum(dim=1).mean()
         else:
