@@ -9,7 +9,7 @@ k 12, 300,000 tokens, 3000 steps of 2048. All rows of a table see the same token
 of the exclusive directions that a flagged latent stands for (cosine > 0.8 in its own model), by decoder norms (Δ) or by
 latent scaling (ν); precision the share of flagged latents that stand for one. fve is of 20,000 held-out tokens at the
 threshold that lets k latents fire; dead of all training tokens. Then directions of one frequency only, and none at all:
-whatever is flagged there is wrong. Last, with --demo, the activations of the demo's first pair and its training options.
+whatever is flagged there is wrong. Last, with --demo, activations of the demo's first pair and its training options.
 
 `published` is the dense trainer of fastdiff.benchmark.dense, the mathematics of dictionary_learning's crosscoder
 trainer (`bench/published.py` compares); `published recipe` adds its shared initialisation.
