@@ -14,7 +14,8 @@ whatever is flagged there is wrong. Last, with --demo, activations of the demo's
 `published` is the dense trainer of fastdiff.benchmark.dense, the mathematics of dictionary_learning's crosscoder
 trainer (`bench/published.py` compares); `published recipe` adds its shared initialisation.
 
-Every run is a line of the .jsonl beside --out; what is there is not run again, so the tables can be made in parts.
+Every run is a line of the .jsonl beside --out; what is there with the same options is not run again, so the tables can
+be made in parts. After a change of fastdiff itself, begin without that file.
 
 Fails where fastdiff is worse than the published trainer by more than 0.002 fve, 1 point of dead latents or 0.02 recall,
 means over seeds, and where the recipe for rare differences, jumprelu's L0 or the null miss their aim.
@@ -212,6 +213,12 @@ def verdicts(
     return recall, precision, number
 
 
+def options_of(case: Case) -> dict[str, Any]:
+    """What a run is trained with, as JSON has it; for the demo what differs from its own."""
+    options: dict[str, Any] = ROWS[case.row] if case.data == DEMO else BASE | ROWS[case.row]
+    return dict(json.loads(json.dumps(options)))
+
+
 class Table:
     """Results by data, row and seed, kept in a file."""
 
@@ -221,20 +228,31 @@ class Table:
         if path is not None and path.exists():
             for text in path.read_text(encoding="utf-8").splitlines():
                 record = json.loads(text)
-                self.found[Case(**record["case"])] = Result(**record["result"])
+                case = Case(**record["case"])
+                if record["options"] == options_of(case):
+                    self.found[case] = Result(**record["result"])
 
     def add(self, case: Case, result: Result) -> None:
         """Keep a result."""
         self.found[case] = result
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                record = {"case": vars(case), "result": vars(result)}
+                record = {"case": vars(case), "options": options_of(case), "result": vars(result)}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def of(self, data: str, row: str, steps: int) -> list[Result]:
         """The results of a row, by seed."""
+        return list(self.by_seed(data, row, steps).values())
+
+    def by_seed(self, data: str, row: str, steps: int) -> dict[int, Result]:
+        """The same with the seeds."""
         cases = [c for c in self.found if (c.data, c.row, c.steps) == (data, row, steps)]
-        return [self.found[case] for case in sorted(cases, key=lambda c: c.seed)]
+        return {case.seed: self.found[case] for case in sorted(cases, key=lambda c: c.seed)}
+
+    def pairs(self, data: str, ours: str, theirs: str, steps: int) -> list[tuple[Result, Result]]:
+        """The results of two rows on the seeds that both have."""
+        a, b = self.by_seed(data, ours, steps), self.by_seed(data, theirs, steps)
+        return [(a[seed], b[seed]) for seed in a if seed in b]
 
 
 def mean(values: list[float]) -> float:
@@ -312,12 +330,11 @@ def missed(found: Table, steps: int) -> list[str]:
     problems = []
     for data in (MIXED, DEMO):
         for ours, theirs in COMPARED:
-            a, b = found.of(data, ours, steps), found.of(data, theirs, steps)
-            n = min(len(a), len(b))
-            if n:
-                problems += [f"{data}: {ours} {worse}" for worse in worse_than(a[:n], b[:n], theirs)]
-    rare, published = found.of(MIXED, "batchtopk", steps), found.of(MIXED, PUBLISHED, steps)
-    for r, p in zip(rare, published, strict=False):
+            both = found.pairs(data, ours, theirs, steps)
+            if both:
+                a, b = [r for r, _ in both], [r for _, r in both]
+                problems += [f"{data}: {ours} {worse}" for worse in worse_than(a, b, theirs)]
+    for r, p in found.pairs(MIXED, "batchtopk", PUBLISHED, steps):
         if r.recall["ν"]["0.10%"] < 0.6 or r.precision["ν"] < 0.9 or r.fve < p.fve - 0.01:
             problems.append(f"rare differences: recall {r.recall['ν']['0.10%']}, precision {r.precision['ν']}")
     for r in found.of(MIXED, "jumprelu, L0 target", steps):

@@ -10,6 +10,7 @@ from fastdiff.crosscoder.train import train
 from fastdiff.extract.harvest import extract
 from fastdiff.progress import SILENT, Progress
 from fastdiff.report.builder import build_report
+from fastdiff.tracking import check_trackers
 
 
 def label_pair(
@@ -34,6 +35,8 @@ def label_pair(
     Raises:
         FastdiffError: What the stages raise.
     """
+    # not hours later, when the activations are there
+    check_trackers(config.train.track)
     extract(config.extract, store, progress, resume=resume, overwrite=overwrite)
     train(store, run, config.train, progress, resume=resume, overwrite=overwrite)
     # the crosscoder that is analysed is the one just trained, or the first of several

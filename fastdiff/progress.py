@@ -145,7 +145,7 @@ class Progress:
 
 
 def _count(number: float) -> str:
-    """Thousands with separators, and one decimal below ten."""
+    """Thousands with separators, and two digits below ten."""
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 

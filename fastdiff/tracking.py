@@ -2,7 +2,8 @@
 
 Nothing leaves the machine unless the environment asks for it: TensorBoard writes `<run>/tensorboard/<name>`, Trackio
 `<run>/trackio` (or where its own TRACKIO_DIR points), wandb `<run>/wandb`, offline unless WANDB_MODE=online. A package
-is imported only when it is asked for.
+is imported only when it is asked for. What a killed training had logged behind its last checkpoint is logged again:
+TensorBoard forgets the first time, Trackio shows both.
 
 `<run>/tracking.json` has the id of each name's curves, which a resumed training continues:
 

@@ -1,5 +1,6 @@
 """The whole road on two tiny random models, through the command line, and back again over what is done."""
 
+import importlib.util
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastdiff.cli import cli
+from fastdiff.cli import cli, main
 from fastdiff.compare.compare import compare
 from fastdiff.config import CompareConfig
 from fastdiff.report.builder import build_report
@@ -96,6 +97,16 @@ def test_from_text_to_report_and_back_over_what_is_done(inputs, tmp_path):
     again = run_command("run", "-c", config, "-o", run, "--json", "-q")
     assert json.loads(again.stdout) == found
     assert {stage: (run / stage / "DONE.json").stat().st_mtime_ns for stage in stages} == stamps
+
+
+def test_a_tracker_that_is_missing_is_said_before_anything_is_extracted(inputs, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "wandb" else find(name, *at))
+    config = config_file(tmp_path / "run.yaml", inputs)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "-c", str(config), "-o", str(tmp_path / "run"), "--set", "train.track=[wandb]"])
+    assert ended.value.code == 2 and "--track wandb: not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "acts").exists()
 
 
 def test_the_everyday_road_command_by_command_and_a_triangle(inputs, tmp_path):

@@ -63,7 +63,9 @@ class FusedTrainer:
         device = self.crosscoder.b_enc.device
         if hasattr(self, "_step"):
             self._kept.append(self._step.figures())
-            self._carried = self._step.state()
+            # not of one that ran out of memory before it was given the state of the last
+            if self._carried is None:
+                self._carried = self._step.state()
             del self._step  # its buffers make room for the new ones
         precision = config.precision
         if precision == "auto":

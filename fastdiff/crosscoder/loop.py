@@ -37,10 +37,10 @@ class Member:
         crosscoder: Its weights.
         checkpoints: Where it is kept.
         micro_batch: Tokens at a time that an earlier process had backed off to; None is what the configuration says.
-        trackers: Where its figures go besides `events.jsonl`.
     """
 
     trainer: Trainer | FusedTrainer
+    trackers: Trackers  # set before the first step
 
     def __init__(
         self,
@@ -49,9 +49,7 @@ class Member:
         crosscoder: Crosscoder,
         checkpoints: Checkpoints,
         micro_batch: int | None,
-        trackers: Trackers,
     ):
-        self.trackers = trackers
         self.config, self.target, self.crosscoder, self.checkpoints = config, target, crosscoder, checkpoints
         self.best: float | None = None  # largest pooled fve of an evaluation
         self.micro_batch = micro_batch or config.micro_batch or config.batch_size

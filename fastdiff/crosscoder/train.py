@@ -85,7 +85,6 @@ def train_seeds(
         FastdiffError: The loss is not finite.
         LockedError: Another process writes to the run.
     """
-    check_trackers(config.track)
     configs = [config.of_seed(seed) for seed in config.seeds or (config.seed,)]
     with ActivationStore(store_path) as store, rundir.locked(run), _threads(config.threads):
         inputs, left = {"store": store.sha256()}, []
@@ -97,6 +96,7 @@ def train_seeds(
             _refuse_other(target, one.identity(), inputs, overwrite)
             left.append(one)
         if left:
+            check_trackers(config.track)
             _train(store, run, left, inputs, progress, resume=resume and not overwrite)
     return [directory_of(run, one.seed) for one in configs]
 
@@ -136,18 +136,7 @@ def _train(
                 inputs=one.inputs,
             ).to(device)
             tensors, state = ({}, None) if step is None else kept.load(step, crosscoder)
-            trackers = stack.enter_context(
-                open_trackers(
-                    one.track,
-                    run,
-                    target.name,
-                    one.model_dump(mode="json"),
-                    progress,
-                    start=step or 0,
-                    models=input_names(one.inputs, [model.name for model in store.meta.models]),
-                )
-            )
-            member = Member(one, target, crosscoder, kept, None if state is None else state["micro_batch"], trackers)
+            member = Member(one, target, crosscoder, kept, None if state is None else state["micro_batch"])
             if state is not None:
                 member.trainer.load_state(tensors, state["step"])
                 member.best = state["best"]
@@ -161,19 +150,25 @@ def _train(
             # also without normalisation: statistics of NaN or infinity were refused
             if float(variance.min()) <= 0:
                 raise InputError(f"{store.path}: the inputs never vary; nothing can be learned")
-            first = shuffler.batch(0)
-            for member in members:
+            first = shuffler.batch(0).to(device)
+        # only now: what could not even start must not stand in the way of the next try
+        names = input_names(config.inputs, [model.name for model in store.meta.models])
+        for member in members:
+            one, target = member.config, member.target
+            settings = one.model_dump(mode="json")
+            opened = open_trackers(one.track, run, target.name, settings, progress, start=step or 0, models=names)
+            member.trackers = stack.enter_context(opened)
+        for member in members:
+            if state is None:
                 member.checkpoints.clear()
                 shutil.rmtree(member.target / "best", ignore_errors=True)
-                _start(member, first.to(device), mean, variance)
-        else:
+                _start(member, first, mean, variance)
+            started = {"schema": 1, "config": member.config.identity(), "inputs": inputs}
+            rundir.write_json(member.target / "started.json", started)
+        if state is not None:
             # the order of a sum depends on the number of threads, and so do the last bits of the weights
             torch.set_num_threads(state["threads"])
             progress.say(f"train: continuing from step {step}")
-        # only now: what could not even start must not stand in the way of the next try
-        for member in members:
-            started = {"schema": 1, "config": member.config.identity(), "inputs": inputs}
-            rundir.write_json(member.target / "started.json", started)
         events = rundir.Events(run)
         events.write("shuffle", **_shuffle_facts(shuffler))
         with stop_requests() as stop:

@@ -90,7 +90,8 @@ class Trainer:
         since = torch.where(fired, 0, self.tokens_since_fired + len(x))
         dead = (since >= config.dead_tokens).nonzero().squeeze(1)
         n_active = sum(len(one.active) for one in chosen)
-        whole = _Batch(n_active / len(x), losses.reconstruction(x, config.loss))
+        drawn = config.activation == "jumprelu" and config.sparsity == "target"
+        whole = _Batch(n_active / len(x), losses.reconstruction(x, config.loss) if drawn else x.new_zeros(()))
 
         self._adam.zero_grad()
         total, squared_error = 0.0, torch.zeros(x.shape[1], dtype=torch.float64)
@@ -108,7 +109,7 @@ class Trainer:
         if config.activation == "batchtopk" and len(lowest):
             self._follow_threshold(float(lowest.mean()))
         self.step_number += 1
-        if config.activation == "jumprelu" and config.sparsity == "target":
+        if drawn:
             # every part's loss holds the penalty of the whole batch
             weight = config.l0_coef * schedule.ramp(t, config.sparsity_warmup_steps) * float(whole.scale)
             l0 = torch.tensor(whole.l0, dtype=torch.float64)
@@ -229,7 +230,7 @@ class Trainer:
     def _jumprelu_penalty(
         self, x: Tensor, values: Tensor, theta: Tensor, pairs: Selection, k: int, share: float, whole: _Batch
     ) -> Tensor:
-        """What the penalty of jumprelu is before its weight; `l0` of the whole batch, of which `share` is x̃."""
+        """What the penalty of jumprelu is before its weight; x̃ is `share` of the tokens of `whole`."""
         c, config, backend = self.crosscoder, self.config, self._backend
         if config.sparsity == "tanh":
             f = ops.jumprelu(values, theta, config.bandwidth, backend=backend)

@@ -188,7 +188,8 @@ def test_a_resumed_run_keeps_the_smaller_micro_batch(store, tmp_path, monkeypatc
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
-def test_memory_may_run_out_again_while_a_smaller_step_is_made(store, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["make", "load"])
+def test_memory_may_run_out_again_while_a_smaller_step_is_made(store, tmp_path, monkeypatch, place):
     forward, make = TorchStep._forward, TorchStep.__init__
 
     def limited(self, at, *arguments):
@@ -197,16 +198,29 @@ def test_memory_may_run_out_again_while_a_smaller_step_is_made(store, tmp_path, 
         return forward(self, at, *arguments)
 
     def refuses(self, settings, *arguments):
-        if settings.n_tokens == 32:
+        if place == "make" and settings.n_tokens == 32:
             raise MemoryError
         make(self, settings, *arguments)
+        self.carried = torch.zeros(1)
+
+    def load(self, state):
+        if place == "load" and not loaded:
+            loaded.append(None)
+            raise MemoryError
+        self.carried = state["carried"]
+        loaded.append(self.carried)
 
     monkeypatch.setattr(TorchStep, "_forward", limited)
     train(store, tmp_path / "one", TrainConfig(**options()))
+    # a step of CUDA has a state that the weights do not hold
+    loaded = []
     monkeypatch.setattr(TorchStep, "__init__", refuses)
+    monkeypatch.setattr(TorchStep, "state", lambda self: {"carried": self.carried + 1})
+    monkeypatch.setattr(TorchStep, "load_state", load)
     train(store, tmp_path / "two", TrainConfig(**options()))
     assert [line["micro_batch"] for line in events(tmp_path / "two", "back_off")] == [32, 16]
     assert weights(tmp_path / "two") == weights(tmp_path / "one")
+    assert loaded[-1] == 1, "the state of the step that was given up, not of one that never ran"
 
 
 def test_no_memory_at_all_is_one_line(store, tmp_path, monkeypatch):

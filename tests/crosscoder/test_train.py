@@ -165,7 +165,23 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(tmp_
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(OptionError, match="--track wandb: not installed"):
         stage.train(make_store(tmp_path / "acts"), tmp_path / "run", config(track=["wandb"]))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "crosscoder").exists()
+
+
+def test_curves_stay_where_another_training_cannot_start(tmp_path):
+    store, run = make_store(tmp_path / "acts"), tmp_path / "run"
+    stage.train(store, run, config(track=["tensorboard"]))
+    before = curve(run, 0, "train/loss")
+    with pytest.raises(InputError, match="never vary"):
+        stage.train(make_store(tmp_path / "flat", constant=True), run, config(track=["tensorboard"]), overwrite=True)
+    assert curve(run, 0, "train/loss") == before and len(before) == 4
+
+
+def test_a_finished_run_needs_no_tracker(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "acts")
+    stage.train(store, tmp_path / "run", config())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    stage.train(store, tmp_path / "run", config(track=["wandb"]))
 
 
 def test_seeds_share_a_run_and_differ(tmp_path):
