@@ -25,7 +25,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,6 @@ class Result:
     recall: dict[str, dict[str, float]]
     precision: dict[str, float]
     flagged: dict[str, int]
-    seconds: float
 
 
 def planted(seed: int, data: str) -> Planted:
@@ -153,10 +151,8 @@ def fit(case: Case, demo: Path | None) -> Result:
     start(crosscoder, config, rows, next(shuffled(rows, config.batch_size, case.seed)))
     dense = case.row.startswith("published")
     trainer = DenseTrainer(crosscoder, config, published=False) if dense else make_trainer(crosscoder, config)
-    began = time.perf_counter()
     for _ in range(config.steps):
         trainer.step(next(batches))
-    seconds = time.perf_counter() - began
     if isinstance(trainer, DenseTrainer):
         for key, value in trainer.weights().items():
             getattr(crosscoder, key).data.copy_(value)
@@ -165,7 +161,7 @@ def fit(case: Case, demo: Path | None) -> Result:
     quality = evaluate(crosscoder, held_out.split(4096))
     dead = evaluate(crosscoder, rows.split(4096)).dead_fraction
     recall, precision, flagged = verdicts(crosscoder, truth, rows) if truth and M == 2 else ({}, {}, {})
-    return Result(quality.fve_pooled, quality.l0_mean, dead, recall, precision, flagged, seconds)
+    return Result(quality.fve_pooled, quality.l0_mean, dead, recall, precision, flagged)
 
 
 def shuffled(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -293,11 +289,11 @@ def by_objective(found: Table, steps: int) -> str:
             known = bool(results[0].recall)
             cells += [f"{mean_recall(results, verdict, rate):.2f}" if known else "" for rate in rates]
             cells.append(f"{min(r.precision[verdict] for r in results):.2f}" if known else "")
-        lines.append([*cells, f"{mean([r.seconds for r in results]):.0f}"])
+        lines.append(cells)
     head = ["objective", "seeds", "fve", "L0", "dead"]
     for verdict in ("Δ", "ν"):
         head += [*(f"{verdict} {rate}" for rate in rates), "precision"]
-    return table([*head, "s"], lines)
+    return table(head, lines)
 
 
 def by_frequency(found: Table, steps: int) -> str:
@@ -321,8 +317,9 @@ def by_frequency(found: Table, steps: int) -> str:
 def on_demo(found: Table, steps: int) -> str:
     """The table of the demo's activations."""
     results = {row: found.of(DEMO, row, steps) for row in ROWS}
-    lines = [[row, *figures(of), f"{mean([r.seconds for r in of]):.0f}"] for row, of in results.items() if of]
-    return table(["objective", "seeds", "fve", "L0", "dead", "s"], lines)
+    return table(
+        ["objective", "seeds", "fve", "L0", "dead"], [[row, *figures(of)] for row, of in results.items() if of]
+    )
 
 
 def missed(found: Table, steps: int) -> list[str]:
