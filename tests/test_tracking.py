@@ -8,7 +8,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdiff import run as rundir
 from fastdiff.errors import InputError, OptionError
@@ -112,7 +111,8 @@ def trackers(kinds, run, name="seed-0", progress=None, start=0):
 
 
 def curve(run, tag, name="seed-0"):
-    events = EventAccumulator(str(run / "tensorboard" / name))
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(run / "tensorboard" / name))
     events.Reload()
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)]
 

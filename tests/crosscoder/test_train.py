@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder import train as stage
@@ -122,7 +121,8 @@ def test_another_configuration_is_refused_and_overwrite_replaces_it(tmp_path):
 
 
 def curve(run, seed, tag):
-    events = EventAccumulator(str(run / "tensorboard" / f"seed-{seed}"))
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(run / "tensorboard" / f"seed-{seed}"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
