@@ -237,8 +237,8 @@ class TrainConfig(StageConfig):
             raise ValueError(f"seeds must differ, got {','.join(map(str, self.seeds))}")
         if list(self.matryoshka) != sorted(set(self.matryoshka)):
             raise ValueError(f"matryoshka must rise, got {','.join(map(str, self.matryoshka))}")
-        # as the trainer counts; the whole dictionary is the last of them
-        ends = [*(max(1, round(share * self.dict_size)) for share in self.matryoshka), self.dict_size]
+        # the whole dictionary is the last of them
+        ends = [*self.prefix_ends(), self.dict_size]
         if len(set(ends)) < len(ends):
             raise ValueError(f"matryoshka must give different numbers of latents, got {','.join(map(str, ends))}")
         if self.shared_latents > self.dict_size:
@@ -259,6 +259,10 @@ class TrainConfig(StageConfig):
     def of_seed(self, seed: int) -> Self:
         """The configuration of a solo run of one of `seeds`."""
         return self.model_copy(update={"seed": seed, "seeds": ()})
+
+    def prefix_ends(self) -> list[int]:
+        """How many latents each of the `matryoshka` prefixes has."""
+        return [max(1, round(share * self.dict_size)) for share in self.matryoshka]
 
     def identity(self) -> dict[str, Any]:
         """What the weights depend on, as JSON values."""

@@ -215,7 +215,7 @@ class Trainer:
     def _errors(self, x: Tensor, values: Tensor, pairs: Selection) -> list[Tensor]:
         """x̃ - x̂ [B, M, D], of every prefix of the dictionary and last of all of it."""
         c, F = self.crosscoder, self.crosscoder.dict_size
-        ends = [max(1, round(share * F)) for share in self.config.matryoshka]
+        ends = self.config.prefix_ends()
         if not ends:
             return [x - c.decode(values, pairs, backend=self._backend)]
         errors, left = [], x - c.b_dec
