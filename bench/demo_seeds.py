@@ -12,8 +12,8 @@ import csv
 import time
 from pathlib import Path
 
-from fastdiff import run as rundir
-from fastdiff.compare.compare import compare
+from fastdiff import rundir
+from fastdiff.comparison.compare import compare
 from fastdiff.config import CompareConfig
 from fastdiff.demo.demo import pair_config, run_demo
 from fastdiff.demo.models import continue_base, make_it

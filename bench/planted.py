@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdiff.analyze.analyze import analyze
+from fastdiff.analysis.analyze import analyze
 from fastdiff.config import AnalyzeConfig, TrainConfig
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.train import train

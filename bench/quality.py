@@ -35,8 +35,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from fastdiff.analyze.classes import delta_norm, specific
-from fastdiff.analyze.scaling import ScalingSums, nu
+from fastdiff.analysis.classes import delta_norm, specific
+from fastdiff.analysis.scaling import ScalingSums, nu
 from fastdiff.benchmark.dense import DenseTrainer
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.fused_trainer import make_trainer

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.run import write_json
+from fastdiff.rundir import write_json
 from fastdiff.store.format import bfloat16_type, shard_name
 from fastdiff.store.writer import StoreWriter
 

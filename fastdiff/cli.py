@@ -61,7 +61,7 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
     fastdiff demo
     """
     from fastdiff.demo.demo import run_demo
-    from fastdiff.run import read_json
+    from fastdiff.rundir import read_json
 
     result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small)
     verdict = read_json(out / "compare" / "statistics.json")["verdict"]
@@ -89,7 +89,7 @@ def extract(
     fastdiff extract --base ./base --tuned ./tuned --layer 0.5 --dataset texts.jsonl -o acts/
     """
     from fastdiff.config import ExtractConfig
-    from fastdiff.extract.harvest import extract as extract_store
+    from fastdiff.extraction.harvest import extract as extract_store
 
     config = resolve(ExtractConfig, "extract", config_file, settings, given)
     store = extract_store(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
@@ -131,9 +131,9 @@ def analyze(
     \b
     fastdiff analyze run/
     """
-    from fastdiff.analyze.analyze import analyze as analyze_run
+    from fastdiff.analysis.analyze import analyze as analyze_run
     from fastdiff.config import AnalyzeConfig
-    from fastdiff.run import read_json
+    from fastdiff.rundir import read_json
 
     config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
     directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
@@ -154,7 +154,7 @@ def annotate(
     \b
     fastdiff annotate run/
     """
-    from fastdiff.annotate.annotate import annotate as annotate_run
+    from fastdiff.annotation.annotate import annotate as annotate_run
     from fastdiff.config import AnnotateConfig
 
     config = resolve(AnnotateConfig, "annotate", config_file, settings, given)
@@ -176,9 +176,9 @@ def compare(
     fastdiff compare run/
     fastdiff compare run-it/ run-simpo/ -o compare/
     """
-    from fastdiff.compare.compare import compare as compare_runs
+    from fastdiff.comparison.compare import compare as compare_runs
     from fastdiff.config import CompareConfig
-    from fastdiff.run import read_json
+    from fastdiff.rundir import read_json
 
     if len(runs) == 1 and out is not None and out.resolve() != runs[0].resolve():
         raise click.UsageError("one run is compared in place; -o is for two runs")
@@ -199,7 +199,7 @@ def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> N
     \b
     fastdiff report run/
     """
-    from fastdiff.report.builder import build_report
+    from fastdiff.reporting.builder import build_report
 
     path = build_report(directory, progress_of(progress_mode, quiet))
     print_result(as_json, str(path), report=path)
@@ -221,7 +221,7 @@ def run(
     """
     from fastdiff.config import RunConfig
     from fastdiff.pipeline import run_pipeline
-    from fastdiff.run import read_json
+    from fastdiff.rundir import read_json
 
     config = resolve(RunConfig, None, config_file, settings, {})
     path = run_pipeline(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from fastdiff.analyze.analyze import analyze
-from fastdiff.annotate.annotate import annotate
-from fastdiff.compare.compare import compare
+from fastdiff.analysis.analyze import analyze
+from fastdiff.annotation.annotate import annotate
+from fastdiff.comparison.compare import compare
 from fastdiff.config import RunConfig
 from fastdiff.crosscoder.train import train
-from fastdiff.extract.harvest import extract
+from fastdiff.extraction.harvest import extract
 from fastdiff.progress import SILENT, Progress
-from fastdiff.report.builder import build_report
+from fastdiff.reporting.builder import build_report
 from fastdiff.tracking import check_trackers
 
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.errors import OptionError
 from fastdiff.progress import SILENT, Progress
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.cli import cli, main
 from fastdiff.config import CompareConfig, RunConfig, TrainConfig
 
@@ -129,7 +129,9 @@ class TestPrecedence:
         self.k(trained, tmp_path, "-c", file, "--clip", 0, "--seed", 0)
         assert (trained[-1][0].clip, trained[-1][0].seed) == (0, 0)
         harvested = []
-        monkeypatch.setattr("fastdiff.extract.harvest.extract", lambda config, out, *_, **__: harvested.append(config))
+        monkeypatch.setattr(
+            "fastdiff.extraction.harvest.extract", lambda config, out, *_, **__: harvested.append(config)
+        )
         file.write_text("extract: {base: a, tuned: b, dataset: [x y.jsonl], layer: 3, keep_bos: true}\n")
         for options, keep, datasets in (
             ([], True, ["x y.jsonl"]),

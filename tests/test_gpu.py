@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff.analyze.scaling import TARGETS, ScalingSums
+from fastdiff.analysis.scaling import TARGETS, ScalingSums
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.fused_trainer import FusedTrainer, make_trainer
 from fastdiff.crosscoder.model import Crosscoder

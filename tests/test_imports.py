@@ -18,13 +18,15 @@ ROWS = [
     {"cli_options"},
     {"demo", "benchmark"},
     {"pipeline"},
-    {"report"},
-    {"compare"},
-    {"annotate"},
-    {"analyze"},
-    {"crosscoder", "extract"},
+    {"reporting"},
+    {"comparison"},
+    {"annotation"},
+    {"analysis", "attribution"},
+    {"patching"},
+    {"crosscoder", "extraction"},
     {"store", "tracking"},
-    {"run"},
+    {"results"},
+    {"rundir"},
     {"progress", "device", "memory", "interrupt"},
     {"config"},
     {"errors"},
@@ -91,13 +93,13 @@ def test_every_module_says_what_it_is_for(path):
 @pytest.mark.parametrize(
     ("of", "code"),
     [
-        ("store", "from fastdiff.extract.harvest import extract"),
+        ("store", "from fastdiff.extraction.harvest import extract"),
         ("store", "def f():\n    import fastdiff.crosscoder.train"),
-        ("extract", "from fastdiff.crosscoder import model"),
+        ("extraction", "from fastdiff.crosscoder import model"),
         ("store", "from . import reader"),
         ("kernels", "from fastdiff.errors import InputError"),
         ("crosscoder", "from kernels import ops"),
-        ("run", "from fastdiff import store"),
+        ("rundir", "from fastdiff import store"),
         ("", "from fastdiff import errors"),
     ],
 )
@@ -119,14 +121,19 @@ def test_kernels_init_is_a_docstring_and_nothing_else():
     [
         ("import fastdiff.cli", ["torch", "pydantic", "numpy", "rich", "yaml", "transformers"]),
         (
-            "import pkgutil, importlib, fastdiff.report as r\n"
-            "for m in pkgutil.iter_modules(r.__path__): importlib.import_module('fastdiff.report.' + m.name)",
+            "import pkgutil, importlib, fastdiff.reporting as r\n"
+            "for m in pkgutil.iter_modules(r.__path__): importlib.import_module('fastdiff.reporting.' + m.name)",
             ["torch"],
         ),
-        ("import fastdiff.run, fastdiff.config, fastdiff.progress", ["torch", "numpy"]),
+        (
+            "import pkgutil, importlib, fastdiff.results as r\n"
+            "for m in pkgutil.iter_modules(r.__path__): importlib.import_module('fastdiff.results.' + m.name)",
+            ["torch"],
+        ),
+        ("import fastdiff.rundir, fastdiff.config, fastdiff.progress", ["torch", "numpy"]),
         ("import fastdiff.kernels", ["torch", "triton"]),
     ],
-    ids=["cli", "report", "foundation", "kernels"],
+    ids=["cli", "report", "results", "foundation", "kernels"],
 )
 def test_what_must_stay_light_does_not_import(code, absent):
     code += f"\nimport sys; print([m for m in {absent!r} if m in sys.modules])"

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdiff.cli import cli, main
-from fastdiff.compare.compare import compare
+from fastdiff.comparison.compare import compare
 from fastdiff.config import CompareConfig
-from fastdiff.report.builder import build_report
+from fastdiff.reporting.builder import build_report
 
 WORDS = {
     "animals": ["cat", "dog", "cow", "hen", "pig", "owl", "fox", "bee", "ant", "eel"],

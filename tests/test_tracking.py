@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.errors import InputError, OptionError
 from fastdiff.tracking import check_trackers, figures_of, open_trackers
 

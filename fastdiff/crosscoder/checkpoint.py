@@ -38,7 +38,7 @@ from fastdiff.crosscoder.saved import (
     write_crosscoder,
 )
 from fastdiff.errors import InputError
-from fastdiff.run import (
+from fastdiff.rundir import (
     SCHEMA,
     canonical_json,
     fsync_directory,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.checkpoint import Checkpoints
 from fastdiff.crosscoder.fused_trainer import FusedTrainer, make_trainer

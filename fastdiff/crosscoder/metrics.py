@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.errors import InputError
 from fastdiff.kernels.selection import row_chunks
-from fastdiff.run import finite
+from fastdiff.rundir import finite
 
 # stored activations [B, M_stored, D], alone or with the group of each row by grouping, (B,) integers each
 Batch = Tensor | tuple[Tensor, Mapping[str, NDArray[Any]]]

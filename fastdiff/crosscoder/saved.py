@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdiff.crosscoder.model import CodeNorm, Crosscoder
 from fastdiff.errors import FastdiffError, InputError
-from fastdiff.run import SCHEMA, atomic_path, canonical_json, read_json, write_json
+from fastdiff.rundir import SCHEMA, atomic_path, canonical_json, read_json, write_json
 
 FORMAT = "fastdiff-crosscoder"
 MODEL, CONFIG = "model.safetensors", "config.json"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.checkpoint import Checkpoints, common_step
 from fastdiff.crosscoder.inputs import input_names, input_stats, n_inputs

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdiff import run as rundir
-from fastdiff.compare.compare import compare
+from fastdiff import rundir
+from fastdiff.comparison.compare import compare
 from fastdiff.config import AnalyzeConfig, CompareConfig, ExtractConfig, RunConfig, TrainConfig
 from fastdiff.demo.models import make_demo_models
 from fastdiff.errors import OptionError
 from fastdiff.pipeline import label_pair
 from fastdiff.progress import SILENT, Progress
-from fastdiff.report.builder import build_report
+from fastdiff.reporting.builder import build_report
 
 PAIRS = ("it", "simpo")
 _EXPECTED_SIGN = {"gained": 1, "lost": -1}

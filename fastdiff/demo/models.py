@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.demo.corpus import Manner, digest, documents
 from fastdiff.demo.simpo import Preference, preference_pairs
 from fastdiff.demo.training import (
@@ -28,7 +28,7 @@ from fastdiff.demo.training import (
     preference_loss,
     train,
 )
-from fastdiff.extract.models import quiet
+from fastdiff.extraction.models import quiet
 from fastdiff.progress import SILENT, Progress
 
 # the signs of (it, simpo) are those published for Gemma 2 9B: SimPO has more of factual, multilingual and

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastdiff.errors import FastdiffError, LockedError, ResourceError
-from fastdiff.run import fsync_directory
+from fastdiff.rundir import fsync_directory
 from fastdiff.store.format import STORE_FILE, shard_name
 from fastdiff.store.journal import JOURNAL
 

@@ -56,7 +56,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fastdiff.errors import InputError
-from fastdiff.run import canonical_json
+from fastdiff.rundir import canonical_json
 
 SCHEMA = 1
 STORE_FILE = "store.json"

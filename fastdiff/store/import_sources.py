@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastdiff.errors import InputError, OptionError
-from fastdiff.run import read_json
+from fastdiff.rundir import read_json
 from fastdiff.store.format import STORE_FILE, dtype_name
 from fastdiff.store.index import BITS, HDF5_ERRORS, memory_type, open_data_set, open_hdf5
 from fastdiff.store.written import check_written

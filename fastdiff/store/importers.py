@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.run import sha256_file, versions
+from fastdiff.rundir import sha256_file, versions
 from fastdiff.store.directory import disk_errors, lock_directory
 from fastdiff.store.format import COLUMNS, STORE_FILE, DtypeName
 from fastdiff.store.import_sources import Source, open_source, read_integers

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from fastdiff.errors import InputError
-from fastdiff.run import canonical_json, read_json, sha256_text, write_text
+from fastdiff.rundir import canonical_json, read_json, sha256_text, write_text
 from fastdiff.store.format import COLUMNS, ShardInfo
 
 JOURNAL = ".journal"

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fastdiff.errors import InputError
-from fastdiff.run import read_json
+from fastdiff.rundir import read_json
 from fastdiff.store.format import STORE_FILE, StoreMeta
 from fastdiff.store.index import ShardIndex
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff import _native
 from fastdiff.errors import InputError, OptionError
-from fastdiff.run import read_json, sha256_file, sha256_text
+from fastdiff.rundir import read_json, sha256_file, sha256_text
 from fastdiff.store.documents import cut_before_holdout
 from fastdiff.store.format import (
     COLUMNS,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.run import read_json, sha256_file
+from fastdiff.rundir import read_json, sha256_file
 from fastdiff.store.format import STORE_FILE, VOCABULARY_FILE, StoreMeta, crc_blocks
 from fastdiff.store.index import HDF5_ERRORS, ShardIndex, index_shard, open_hdf5
 from fastdiff.store.parts import disagreements, find_parts, unnamed_shards

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdiff.run import canonical_json
+from fastdiff.rundir import canonical_json
 from fastdiff.store.format import COLUMNS, SCHEMA, StoreMeta
 from fastdiff.store.index import ShardIndex
 

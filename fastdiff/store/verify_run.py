@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.run import DONE, canonical_json, read_json, sha256_file, sha256_text
+from fastdiff.rundir import DONE, canonical_json, read_json, sha256_file, sha256_text
 from fastdiff.store.format import STORE_FILE
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.verify import Findings, verify_store

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastdiff import _native
 from fastdiff.errors import FastdiffError, InputError, OptionError
-from fastdiff.run import fsync_directory, write_json
+from fastdiff.rundir import fsync_directory, write_json
 from fastdiff.store.directory import disk_errors, lock_directory, remove_store, temporary
 from fastdiff.store.format import (
     COLUMNS,

@@ -20,7 +20,7 @@ from fastdiff.crosscoder.checkpoint import Checkpoints, common_step
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.errors import FastdiffError, InputError, ResourceError
-from fastdiff.run import fsync_directory, versions
+from fastdiff.rundir import fsync_directory, versions
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 

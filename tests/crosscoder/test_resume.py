@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.fused_trainer import FusedTrainer
 from fastdiff.crosscoder.saved import load_crosscoder

@@ -239,7 +239,7 @@ def test_constant_activations_are_refused(tmp_path):
 def test_a_run_that_another_process_writes_is_refused(tmp_path):
     store = make_store(tmp_path / "acts")
     code = (
-        "import sys; from pathlib import Path; from fastdiff.run import locked\n"
+        "import sys; from pathlib import Path; from fastdiff.rundir import locked\n"
         "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-P", "-c", code, str(tmp_path / "run")]

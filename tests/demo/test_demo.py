@@ -3,7 +3,7 @@
 import csv
 import json
 
-from fastdiff.compare.compare import COLUMNS
+from fastdiff.comparison.compare import COLUMNS
 from fastdiff.demo.demo import hold_against_truth
 
 TRUTH = {

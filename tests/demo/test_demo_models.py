@@ -17,7 +17,7 @@ from fastdiff.demo.models import (
     truth,
 )
 from fastdiff.demo.training import encode
-from fastdiff.run import sha256_file
+from fastdiff.rundir import sha256_file
 
 TINY = Recipe(base_steps=2, it_steps=2, simpo_steps=2, batch=8, documents_per_category=3, texts_per_category=2)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdiff import run as rundir
+from fastdiff import rundir
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.verify_run import is_run, verify_run
 from fastdiff.store.writer import StoreWriter

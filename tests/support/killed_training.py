@@ -19,7 +19,7 @@ import torch
 
 from fastdiff.config import TrainConfig
 from fastdiff.crosscoder.train import train_seeds
-from fastdiff.run import sha256_file
+from fastdiff.rundir import sha256_file
 
 
 def child(store: Path, run: Path, config: TrainConfig) -> int:

@@ -1,0 +1,434 @@
+"""The analysis stage: one pass over the store measures every latent; then the chosen ones get examples.
+
+<run>/analysis/
+    latents.csv          one row per latent; `COLUMNS` says what each column means
+    summary.json         counts by class, quality on held-out rows, Δ_norm histogram, how many latents other seeds
+                         have too, `splice` (see there), what the columns mean
+    firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
+    examples.sqlite      see `fastdiff.analysis.examples`
+
+`stability` of summary.json, null without other seeds to compare with: {"seeds": [1, 2], "tokens": 50000,
+"min_cosine": 0.7, "min_coactivation": 0.5, "observed": latents that fired on those tokens, "stable": those of them that
+at least half of the seeds have, "exclusive": latents of one model (by class or latent scaling) among the observed,
+"exclusive_stable": among the stable}.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from fastdiff import rundir
+from fastdiff.analysis.classes import CLASSES, classify, decoder_cosine, delta_norm, specific
+from fastdiff.analysis.examples import display, write_examples
+from fastdiff.analysis.firing import Firing
+from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu
+from fastdiff.analysis.seeds import comparable, finished_seeds
+from fastdiff.analysis.stability import SAMPLE, stability
+from fastdiff.config import AnalyzeConfig
+from fastdiff.crosscoder.metrics import Quality
+from fastdiff.crosscoder.model import Crosscoder
+from fastdiff.crosscoder.rows import evaluation_rows, spread_rows
+from fastdiff.crosscoder.saved import load_crosscoder
+from fastdiff.crosscoder.train import directory_of
+from fastdiff.device import resolve_device
+from fastdiff.errors import InputError
+from fastdiff.progress import SILENT, Progress
+from fastdiff.store.reader import ActivationStore
+
+COLUMNS = {
+    "latent": "index in the dictionary",
+    "class": "by delta_norm only: tuned_only > 0.9, base_only < 0.1, shared 0.4 to 0.6, else other",
+    "delta_norm": "½((‖W_dec tuned‖ - ‖W_dec base‖)/max + 1): 0 only base, 0.5 equal, 1 only tuned",
+    "cosine": "between the two decoder rows",
+    "nu_error": "β_base/β_tuned of the error along the tuned row (delta_norm >= 0.5), else β_tuned/β_base along the "
+    "base row: about 0 = the other model lacks it, about 1 = it has it",
+    "nu_reconstruction": "the same for the reconstruction",
+    "nu_activation": "the same for the activation",
+    "norm_base": "‖W_dec base‖",
+    "norm_tuned": "‖W_dec tuned‖",
+    "frequency": "share of tokens on which it fires",
+    "count": "tokens on which it fires",
+    "max_activation": "largest f·(norm_base + norm_tuned)",
+    "label": "empty here; annotate/labels.jsonl has it",
+    "category": "empty here; annotate/labels.jsonl has it",
+    "specific": "model that alone has it by latent scaling, its class not being shared: tuned, base or empty",
+    "beta_error_base": "β of the base model's error along the direction that nu_error uses",
+    "beta_error_tuned": "β of the tuned model's error along it",
+    "beta_reconstruction_base": "β of the base model's reconstruction along it",
+    "beta_reconstruction_tuned": "β of the tuned model's reconstruction along it",
+    "beta_activation_base": "β of the base model's activation along it",
+    "beta_activation_tuned": "β of the tuned model's activation along it",
+    "mean_activation": "mean of f·(norm_base + norm_tuned) over the tokens on which it fires",
+    "top_tokens": "JSON list of the tokens on which it fires most strongly, one per document, no token twice",
+    "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
+    "other seeds, or if it fired on none of the tokens compared",
+}
+OUTPUTS = ["latents.csv", "summary.json", "firing.safetensors", "examples.sqlite"]
+# share of the cards that show latents both models have, as a control for the reader and the annotator
+_CONTROL_SHARE = 0.2
+_TOP_TOKENS = 5
+# a latent is stable if this share of the other seeds has it too: one that failed to train decides nothing among many
+_STABLE_SHARE = 0.5
+_WITHOUT = {
+    "sequence_ids": "every row counts as a document of its own, and no examples are shown",
+    "token_ids": "no examples are shown",
+    "sources": "there are no categories to compare",
+}
+
+
+def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, store_path: Path | None = None) -> Path:
+    """Measure every latent of a run's crosscoder.
+
+    Args:
+        run: A run directory that `train` has finished.
+        config: How.
+        progress: Where to report.
+        store_path: The store, if it is no longer where `train` read it.
+
+    Returns:
+        `<run>/analysis`.
+
+    Raises:
+        InputError: The crosscoder or the store is missing, changed, or not of two models.
+        LockedError: Another process writes to the run.
+    """
+    source, target = directory_of(run, config.train_seed), run / "analysis"
+    settings = config.model_dump()
+    with rundir.locked(run):
+        finished = finished_seeds(run)
+        if finished and config.train_seed not in finished:
+            seeds = ", ".join(map(str, finished))
+            raise InputError(f"{run}: has no crosscoder of seed {config.train_seed}; choose --train-seed {seeds}")
+        trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
+        inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
+        others, hashes = comparable(run, finished, config.train_seed, inputs["store"], progress)
+        inputs |= hashes
+        if rundir.is_done(target, "analyze", settings, inputs):
+            progress.say(f"analyze: {target} is up to date")
+            return target
+        crosscoder, facts = load_crosscoder(source)
+        crosscoder.to(resolve_device(config.device))
+        if facts["n_models"] != 2:
+            raise InputError(f"{source}: a crosscoder of {facts['n_models']} models; analyze compares exactly two")
+        with ActivationStore(store_path or _store_of(run)) as store:
+            if store.sha256() != inputs["store"]:
+                raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
+            rundir.begin(target)
+            _analyze(store, crosscoder, facts, others, config, target, progress)
+        rundir.record(run, "analyze", settings)
+        rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
+    return target
+
+
+def _store_of(run: Path) -> Path:
+    manifest = rundir.read_json(run / "manifest.json")
+    path = Path(manifest["stages"]["train"]["store"])
+    if not path.exists():
+        raise InputError(f"{path}: the store this run was trained on is gone; give its new place with --store")
+    return path
+
+
+def _analyze(
+    store: ActivationStore,
+    crosscoder: Crosscoder,
+    facts: dict[str, Any],
+    others: dict[int, Path],
+    config: AnalyzeConfig,
+    target: Path,
+    progress: Progress,
+) -> None:
+    n_rows = min(store.n_rows, config.max_tokens or store.n_rows)
+    for column, lack in _WITHOUT.items():
+        if store.column(column) is None:
+            progress.say(f"analyze: the store has no {column}: {lack}")
+    rows = _usable(store, n_rows)
+    # first: what it refuses should not cost a pass
+    spliced = _splice(store, crosscoder, facts, config, progress) if config.splice else None
+    sums, firing, totals = _pass(store, crosscoder, n_rows, rows, config, progress)
+    table = _latent_table(crosscoder, sums, firing, len(rows), config)
+    table["top_tokens"] = _top_tokens(store, firing)
+    table["stability"], stable = _stability(store, crosscoder, others, rows, table, config, progress)
+    quality, held_out = _quality(store, crosscoder, facts, config)
+    chosen = _choose(table, config)
+    write_examples(
+        target / "examples.sqlite",
+        store,
+        crosscoder,
+        chosen,
+        firing.top_value,
+        firing.top_row,
+        context=config.context,
+        batch_size=config.batch_size,
+    )
+    rundir.write_text(target / "latents.csv", _csv(table))
+    with rundir.atomic_path(target / "firing.safetensors") as temporary:
+        save_file(
+            {
+                "count_by_source": firing.by_source,
+                "documents_by_source": firing.documents_by_source,
+                "count_by_role": firing.by_role,
+            },
+            temporary,
+        )
+    delta, fired = table["delta_norm"], firing.count > 0
+    counts, edges = np.histogram(delta[fired & np.isfinite(delta)], bins=40, range=(0, 1))
+    rundir.write_json(
+        target / "summary.json",
+        {
+            "schema": rundir.SCHEMA,
+            "n_tokens": len(rows),
+            "dict_size": crosscoder.dict_size,
+            "activation": crosscoder.activation,
+            "k": crosscoder.k,
+            "models": [model.model_dump() for model in store.meta.models],
+            "classes": {name: int((table["class"][fired] == name).sum()) for name in CLASSES},
+            "specific": {side: int((table["specific"] == side).sum()) for side in ("base", "tuned")},
+            "never_fired": int((~fired).sum()),
+            "stability": stable,
+            "splice": spliced,
+            "quality": {**quality.facts(), "rows": held_out},
+            "delta_norm_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            "sources": [s.model_dump() for s in store.meta.sources or []],
+            "tokens_by_source": totals["tokens"],
+            "documents_by_source": totals["documents"],
+            "roles": store.meta.roles or [],
+            "thresholds": {
+                "nu_error_max": config.nu_error_max,
+                "nu_reconstruction_max": config.nu_reconstruction_max,
+            },
+            "columns": COLUMNS,
+        },
+    )
+    classes = ", ".join(f"{(table['class'][fired] == name).sum()} {name}" for name in CLASSES)
+    n_specific = {side: int((table["specific"] == side).sum()) for side in ("tuned", "base")}
+    progress.say(
+        f"analyze: {classes}; by latent scaling {n_specific['tuned']} only tuned, {n_specific['base']} only base"
+    )
+
+
+def _usable(store: ActivationStore, n_rows: int) -> NDArray[np.int64]:
+    """Which of the first rows are not BOS."""
+    rows = store.usable_rows()
+    rows = np.arange(n_rows) if rows is None else rows[rows < n_rows]
+    if not len(rows):
+        raise InputError(f"{store.path}: no row to analyse among the first {n_rows}; raise --max-tokens")
+    return rows
+
+
+def _pass(
+    store: ActivationStore,
+    crosscoder: Crosscoder,
+    n_rows: int,
+    rows: NDArray[np.int64],
+    config: AnalyzeConfig,
+    progress: Progress,
+) -> tuple[ScalingSums, Firing, dict[str, list[int]]]:
+    """Read the first rows of the store once, in order, in batches of whole documents; `rows` are the usable ones."""
+    sources, roles = store.column("sources"), store.column("roles")
+    n_sources, n_roles = len(store.meta.sources or [None]), len(store.meta.roles or [None])
+    nothing = np.zeros(n_rows, np.int64)
+    sources = nothing if sources is None else sources[:n_rows].astype(np.int64)
+    roles = nothing if roles is None else roles[:n_rows].astype(np.int64)
+    documents = store.column("sequence_ids")
+    documents = np.arange(n_rows) if documents is None else documents[:n_rows]
+    usable = np.zeros(n_rows, bool)
+    usable[rows] = True
+    sums = ScalingSums.zeros(crosscoder.dict_size, store.n_models)
+    firing = Firing.zeros(crosscoder.dict_size, n_sources, n_roles, config.examples)
+    norm = crosscoder.code_norm().detach().double()
+    W_dec, b_dec = crosscoder.W_dec.detach().double(), crosscoder.b_dec.detach().double()
+    with progress.task("analyze", n_rows, "tokens") as task:
+        for start, stop in _document_batches(documents, config.batch_size):
+            batch = store.slice(start, stop)[torch.from_numpy(usable[start:stop])]
+            at = start + np.flatnonzero(usable[start:stop])
+            x = crosscoder.normalize(batch)
+            finite = torch.isfinite(x).flatten(1).all(dim=1)
+            if not bool(finite.all()):
+                row = at[int((~finite).nonzero()[0])]
+                raise InputError(f"{store.path}: row {row} holds NaN or infinity; extract it again")
+            values, selection = crosscoder.encode(x)
+            sums.add(W_dec, b_dec, x, values, selection)
+            row = at[selection.row.cpu().numpy()]
+            firing.add(
+                latent=selection.col.cpu().numpy(),
+                value=(values.double() * norm[selection.col]).cpu().numpy(),
+                row=row,
+                document=documents[row],
+                source=sources[row],
+                role=roles[row],
+            )
+            task.advance(stop - start)
+    first_of_document = np.concatenate(([True], documents[1:] != documents[:-1]))
+    totals = {
+        "tokens": np.bincount(sources[usable], minlength=n_sources).tolist(),
+        "documents": np.bincount(sources[first_of_document], minlength=n_sources).tolist(),
+    }
+    return sums, firing, totals
+
+
+def _document_batches(documents: np.ndarray, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of at least `batch_size` rows that end where a document ends."""
+    ends = np.concatenate((np.flatnonzero(np.diff(documents)) + 1, [len(documents)]))
+    start = 0
+    while start < len(documents):
+        stop = int(ends[np.searchsorted(ends, min(start + batch_size, len(documents)))])
+        yield start, stop
+        start = stop
+
+
+def _latent_table(
+    crosscoder: Crosscoder, sums: ScalingSums, firing: Firing, n_tokens: int, config: AnalyzeConfig
+) -> dict[str, np.ndarray]:
+    """The columns of latents.csv."""
+    W_dec = crosscoder.W_dec.detach().cpu()
+    delta = delta_norm(W_dec)
+    betas = sums.betas(W_dec)
+    ratio = {target: nu(betas[target], delta).numpy() for target in TARGETS}
+    norms = W_dec.double().norm(dim=-1).numpy()
+    F = crosscoder.dict_size
+    table = {
+        "latent": np.arange(F),
+        "class": classify(delta.numpy()),
+        "delta_norm": delta.numpy(),
+        "cosine": decoder_cosine(W_dec).numpy(),
+        **{f"nu_{target}": ratio[target] for target in TARGETS},
+        "norm_base": norms[:, 0],
+        "norm_tuned": norms[:, 1],
+        "frequency": firing.count / n_tokens,
+        "count": firing.count,
+        "max_activation": firing.largest,
+        "label": np.full(F, ""),
+        "category": np.full(F, ""),
+        "specific": specific(
+            delta.numpy(),
+            ratio["error"],
+            ratio["reconstruction"],
+            nu_error_max=config.nu_error_max,
+            nu_reconstruction_max=config.nu_reconstruction_max,
+        ),
+    }
+    along = (delta >= 0.5).long()
+    for target in TARGETS:
+        picked = betas[target][torch.arange(F), along].numpy()  # [F, 2 models]
+        table[f"beta_{target}_base"], table[f"beta_{target}_tuned"] = picked[:, 0], picked[:, 1]
+    with np.errstate(invalid="ignore"):
+        table["mean_activation"] = firing.total / firing.count
+    return table
+
+
+def _top_tokens(store: ActivationStore, firing: Firing) -> np.ndarray:
+    token_ids = store.column("token_ids")
+    lists = []
+    for value, row in zip(firing.top_value, firing.top_row, strict=True):
+        ids = [] if token_ids is None else token_ids[row[value > 0]].tolist()
+        tokens = dict.fromkeys(display(store.vocabulary, token) for token in ids)
+        lists.append(json.dumps(list(tokens)[:_TOP_TOKENS], ensure_ascii=False))
+    return np.array(lists)
+
+
+def _stability(
+    store: ActivationStore,
+    crosscoder: Crosscoder,
+    others: dict[int, Path],
+    rows: NDArray[np.int64],
+    table: dict[str, np.ndarray],
+    config: AnalyzeConfig,
+    progress: Progress,
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """The column, and what summary.json says of it."""
+    if not others:
+        return np.full(crosscoder.dict_size, np.nan), None
+    rows = spread_rows(rows, SAMPLE)
+    share = stability(
+        crosscoder,
+        list(others.values()),
+        store,
+        rows,
+        batch_size=config.batch_size,
+        min_cosine=config.stable_cosine,
+        min_coactivation=config.stable_coactivation,
+        progress=progress,
+    )
+    observed = np.isfinite(share)
+    exclusive = observed & (_exclusive(table, "base") | _exclusive(table, "tuned"))
+    counts = {
+        "observed": int(observed.sum()),
+        "stable": int((share[observed] >= _STABLE_SHARE).sum()),
+        "exclusive": int(exclusive.sum()),
+        "exclusive_stable": int((share[exclusive] >= _STABLE_SHARE).sum()),
+    }
+    progress.say(
+        f"analyze: compared with seed {', '.join(map(str, others))}, {counts['exclusive_stable']} of "
+        f"{counts['exclusive']} latents of one model are stable, {counts['stable']} of {counts['observed']} of all"
+    )
+    thresholds = {"min_cosine": config.stable_cosine, "min_coactivation": config.stable_coactivation}
+    return share, {"seeds": list(others), "tokens": len(rows), **thresholds, **counts}
+
+
+def _exclusive(table: dict[str, np.ndarray], side: str) -> np.ndarray:
+    """Latents that fire and that only one model has, by class or by latent scaling."""
+    return (table["count"] > 0) & ((table["specific"] == side) | (table["class"] == f"{side}_only"))
+
+
+def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, str]:
+    """Latents that get a card: exclusive ones, the most often active first, and a control of shared ones."""
+    fired = table["count"] > 0
+    chosen: dict[int, str] = {}
+    n_control = int(config.cards * _CONTROL_SHARE)
+    mass = np.nan_to_num(table["count"] * table["mean_activation"])
+    for side in ("tuned", "base"):
+        picked = np.flatnonzero(_exclusive(table, side))
+        picked = picked[np.argsort(-mass[picked], kind="stable")][: (config.cards - n_control) // 2]
+        chosen |= {int(latent): side for latent in picked}
+    shared = np.flatnonzero(fired & (table["class"] == "shared") & (table["specific"] == ""))
+    if len(shared):
+        # spread evenly over the range of frequencies
+        shared = shared[np.argsort(-mass[shared], kind="stable")]
+        picked = shared[np.unique(np.linspace(0, len(shared) - 1, min(n_control, len(shared))).astype(int))]
+        chosen |= {int(latent): "shared" for latent in picked}
+    return chosen
+
+
+def _quality(
+    store: ActivationStore, crosscoder: Crosscoder, facts: dict[str, Any], config: AnalyzeConfig
+) -> tuple[Quality, str]:
+    rows = evaluation_rows(store, facts["train"]["holdout"])
+    return rows.measure(crosscoder, config.batch_size), "held out" if rows.name == "held-out" else "all"
+
+
+def _splice(
+    store: ActivationStore, crosscoder: Crosscoder, facts: dict[str, Any], config: AnalyzeConfig, progress: Progress
+) -> dict[str, Any]:
+    """What the reconstructions are worth to the models themselves, which are opened for it."""
+    # opens transformers, which takes 1.7 s
+    from fastdiff.analysis.splice import splice
+
+    holdout = facts["train"]["holdout"]
+    found = splice(store, crosscoder, holdout=holdout, tokens=config.splice_tokens, progress=progress)
+    for line in found.lines():
+        progress.say(f"analyze: {line}")
+    return found.facts()
+
+
+def _csv(table: dict[str, np.ndarray]) -> str:
+    assert list(table) == list(COLUMNS)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(table)
+    for row in zip(*table.values(), strict=True):
+        writer.writerow([_cell(value) for value in row])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, np.floating):
+        return f"{value:.9g}" if np.isfinite(value) else ""
+    return str(value)

@@ -1,0 +1,50 @@
+"""Which other crosscoders of a run can be compared with one: those of other seeds, in the same space."""
+
+from pathlib import Path
+from typing import Any
+
+from fastdiff import rundir
+from fastdiff.crosscoder.saved import CONFIG
+from fastdiff.crosscoder.train import directory_of
+from fastdiff.progress import Progress
+
+
+def finished_seeds(run: Path) -> dict[int, Path]:
+    """The crosscoders of a run, by seed."""
+    directories = (path.parent for path in run.glob(f"crosscoder/seed-*/{rundir.DONE}"))
+    seeds = {directory.name.removeprefix("seed-"): directory for directory in directories}
+    return {int(seed): seeds[seed] for seed in sorted(filter(str.isdecimal, seeds), key=int)}
+
+
+def comparable(
+    run: Path, finished: dict[int, Path], seed: int, store_sha256: str, progress: Progress
+) -> tuple[dict[int, Path], dict[str, str]]:
+    """Other seeds whose latents live in the same space, so that they can be matched, and the hashes of their weights.
+
+    A seed that was trained on something else is left out, and that is said.
+    """
+    others, hashes = {}, {}
+    mine = _space(rundir.read_json(directory_of(run, seed) / CONFIG))
+    for other, directory in finished.items():
+        if other == seed:
+            continue
+        trained = rundir.require_done(directory, f"fastdiff train STORE -o {run} --seed {other}")
+        space = _space(rundir.read_json(directory / CONFIG))
+        differ = ["store"] * (trained["inputs"]["store"] != store_sha256)
+        differ += [name for name, value in space.items() if value != mine[name]]
+        if differ:
+            progress.say(f"analyze: {directory}: of another {differ[0]}, so no latent is compared with its latents")
+            continue
+        others[other], hashes[f"seed-{other}"] = directory, trained["outputs"]["model.safetensors"]
+    return others, hashes
+
+
+def _space(facts: dict[str, Any]) -> dict[str, Any]:
+    """What decides, beside the store, which space decoder rows live in."""
+    settings = facts["train"]
+    return {
+        "number of models": facts["n_models"],
+        "width": facts["d_model"],
+        "--inputs": settings.get("inputs", "all"),
+        "--normalize": settings["normalize"],
+    }

@@ -1,0 +1,81 @@
+"""The annotation stage: analysis → `<run>/annotate/labels.jsonl`, one JSON object per labelled latent."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from fastdiff import rundir
+from fastdiff.annotation.baseline import UNINTERPRETABLE, Label, annotate_baseline
+from fastdiff.config import AnnotateConfig
+from fastdiff.progress import SILENT, Progress
+
+
+def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> Path:
+    """Label the latents of a run.
+
+    Args:
+        run: A run directory that `analyze` has finished.
+        config: Who labels.
+        progress: Where to report.
+
+    Returns:
+        `<run>/annotate`.
+
+    Raises:
+        InputError: The analysis is missing or changed.
+        LockedError: Another process writes to the run.
+    """
+    analysis, target = run / "analysis", run / "annotate"
+    settings = config.model_dump()
+    with rundir.locked(run):
+        inputs = dict(rundir.require_done(analysis, f"fastdiff analyze {run}")["outputs"])
+        if rundir.is_done(target, "annotate", settings, inputs):
+            progress.say(f"annotate: {target} is up to date")
+            return target
+        rundir.begin(target)
+        labels = _baseline(analysis, config)
+        lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
+        rundir.write_text(target / "labels.jsonl", "".join(lines))
+        rundir.record(run, "annotate", settings)
+        rundir.finish(target, "annotate", settings, inputs, ["labels.jsonl"])
+        unclear = sum(label.category == UNINTERPRETABLE for label in labels)
+        progress.say(f"annotate: {len(labels)} latents labelled, {unclear} of them {UNINTERPRETABLE}")
+    return target
+
+
+def read_labels(run: Path) -> dict[int, Label]:
+    """The labels of a run, by latent.
+
+    Raises:
+        InputError: `annotate` has not run, or its file has changed.
+    """
+    rundir.require_done(run / "annotate", f"fastdiff annotate {run}")
+    text = (run / "annotate" / "labels.jsonl").read_text(encoding="utf-8")
+    # not splitlines, which also splits at U+0085 and U+2028, and tokens hold those
+    labels = [Label(**json.loads(line)) for line in text.split("\n") if line]
+    return {label.latent: label for label in labels}
+
+
+def _baseline(analysis: Path, config: AnnotateConfig) -> list[Label]:
+    summary: dict[str, Any] = rundir.read_json(analysis / "summary.json")
+    fired = load_file(analysis / "firing.safetensors")["documents_by_source"]
+    # sources of the same category are one category; a data set without categories is its own
+    names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]
+    categories = sorted(set(names))
+    member = np.array([[name == category for category in categories] for name in names], dtype=np.int64)
+    with (analysis / "latents.csv").open(encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    return annotate_baseline(
+        fired @ member,
+        np.array(summary["documents_by_source"]) @ member,
+        categories,
+        np.array([int(row["count"]) for row in rows]),
+        [json.loads(row["top_tokens"]) for row in rows],
+        min_count=config.min_count,
+        min_lift=config.min_lift,
+    )

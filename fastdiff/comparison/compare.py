@@ -1,0 +1,349 @@
+"""The comparison stage: which categories do the latents of one model have that the other's do not?
+
+One run compares the latents only the base model has (lost by tuning) with those only the tuned model has
+(gained). Two runs with the same base are triangulated as in Boughorbel et al. 2025: what each tuned model
+gained over the base is compared with what the other did, and likewise what each lost.
+
+    <dir>/compare/categories.csv      one row per comparison and category
+    <dir>/compare/statistics.json     sides, totals, verdict in sentences, method
+"""
+
+import csv
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff import rundir
+from fastdiff.annotation.annotate import read_labels
+from fastdiff.annotation.baseline import UNINTERPRETABLE
+from fastdiff.comparison.statistics import Difference, compare_shares
+from fastdiff.config import CompareConfig
+from fastdiff.errors import InputError, OptionError
+from fastdiff.progress import SILENT, Progress
+
+COLUMNS = (
+    *("comparison", "category", "side_a", "side_b"),
+    *("count_a", "total_a", "share_a", "count_b", "total_b", "share_b"),
+    *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
+    *("p", "q", "mass_a", "mass_b", "significant"),
+)
+OUTPUTS = ["categories.csv", "statistics.json"]
+_UNLABELLED = "unlabelled"
+_NO_CATEGORY = (UNINTERPRETABLE, _UNLABELLED)
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Exclusive latents of one model, by category."""
+
+    name: str
+    counts: Counter[str]
+    mass: dict[str, float]  # Σ count · mean activation
+
+    @property
+    def total(self) -> int:
+        """All latents of the set, whatever their label."""
+        return self.counts.total()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of latents and how their categories differ."""
+
+    name: str
+    a: LatentSet
+    b: LatentSet
+    explanation: str
+    more: str  # what it means that B has more of a category
+    less: str
+    differences: list[Difference]
+
+
+def compare(
+    runs: list[Path],
+    out: Path,
+    config: CompareConfig,
+    progress: Progress = SILENT,
+    *,
+    names: list[str] | None = None,
+) -> Path:
+    """Compare one run's two models, or two runs that share a base.
+
+    Args:
+        runs: One or two run directories that `annotate` has finished.
+        out: The run itself for one run; for two a directory of its own.
+        config: How.
+        progress: Where to report.
+        names: What to call the runs; their directories' names otherwise.
+
+    Returns:
+        `<out>/compare`.
+
+    Raises:
+        InputError: A run is missing a stage, or its labels belong to another analysis.
+        OptionError: More than two runs, two with different base models, or `out` is one of the two.
+        LockedError: Another process writes to `out`.
+    """
+    if len(runs) not in (1, 2):
+        raise OptionError(f"compare takes one run or two, got {len(runs)}")
+    if len(runs) == 2 and out.resolve() in [run.resolve() for run in runs]:
+        raise OptionError(f"{out}: is one of the two runs; choose a directory of its own for the comparison")
+    names = names or _names(runs)
+    paths = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]
+    target = out / "compare"
+    settings: dict[str, Any] = {**config.model_dump(), "names": names, "paths": paths}
+    with rundir.locked(out):
+        inputs: dict[str, str] = {}
+        for name, run in zip(names, runs, strict=True):
+            inputs |= {f"{name}/{file}": sha for file, sha in _inputs(run).items()}
+        if rundir.is_done(target, "compare", settings, inputs):
+            progress.say(f"compare: {target} is up to date")
+            return target
+        facts = [_facts(run) for run in runs]
+        if len({fact["base_identity"] for fact in facts}) > 1:
+            raise OptionError(
+                f"{names[0]} and {names[1]} have different base models, layers or hooks "
+                f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs them in common"
+            )
+        rundir.begin(target)
+        sides = [_exclusive(run) for run in runs]
+        comparisons = _comparisons(names, facts, sides, config)
+        rundir.write_text(target / "categories.csv", _csv(comparisons, config))
+        described = [
+            {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
+            for name, path, fact in zip(names, paths, facts, strict=True)
+        ]
+        statistics = _statistics(comparisons, described, config)
+        rundir.write_json(target / "statistics.json", statistics)
+        rundir.record(out, "compare", settings)
+        rundir.finish(target, "compare", settings, inputs, OUTPUTS)
+        for sentence in statistics["verdict"]:
+            progress.say(f"compare: {sentence}")
+    return target
+
+
+def _inputs(run: Path) -> dict[str, str]:
+    """Hashes of what is compared, once it is sure that the labels are of this very analysis."""
+    analysis = rundir.require_done(run / "analysis", f"fastdiff analyze {run}")
+    annotated = rundir.require_done(run / "annotate", f"fastdiff annotate {run}")
+    if annotated["inputs"] != analysis["outputs"]:
+        raise InputError(f"{run / 'annotate'}: labels another analysis; run `fastdiff annotate {run}` again")
+    stages = {"analysis": analysis, "annotate": annotated}
+    return {f"{name}/{file}": sha for name, done in stages.items() for file, sha in done["outputs"].items()}
+
+
+def _names(runs: list[Path]) -> list[str]:
+    names = [run.resolve().name for run in runs]
+    # the comparisons between two runs have these names
+    names = [f"{name} (run)" if name in ("gained", "lost") else name for name in names]
+    return names if len(set(names)) == len(names) else [f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def _facts(run: Path) -> dict[str, str]:
+    summary = rundir.read_json(run / "analysis" / "summary.json")
+    base, tuned = summary["models"]
+    names = [Path(model["name"]).name for model in (base, tuned)]
+    if names[0] == names[1]:
+        names = [f"{names[0]} (base)", f"{names[1]} (tuned)"]
+    return {
+        "base": names[0],
+        "tuned": names[1],
+        "base_identity": _identity(base, run),
+    }
+
+
+def _identity(base: dict[str, Any], run: Path) -> str:
+    """Which activations of which model: runs with the same one can be compared through it."""
+    weights = base.get("weights_sha256") or base.get("revision")
+    if weights is None:
+        # a store that does not say is only the same as itself
+        weights = rundir.read_json(run / "analysis" / rundir.DONE)["inputs"]["store"]
+    return f"{weights} {base.get('layer')} {base.get('hook')}"
+
+
+def _exclusive(run: Path) -> dict[str, LatentSet]:
+    """The latents that only one model of a run has, by side."""
+    labels = read_labels(run)
+    counts: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
+    mass: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
+    sources = rundir.read_json(run / "analysis" / "summary.json")["sources"]
+    known = {source["category"] for source in sources if source["category"]}
+    for category in known | {label.category for label in labels.values()}:
+        for side in counts:  # every category is in the table, also where nothing changed
+            counts[side][category] += 0
+    with (run / "analysis" / "latents.csv").open(encoding="utf-8", newline="") as f:
+        for row in csv.DictReader(f):
+            if not row["specific"]:
+                continue
+            side, latent = row["specific"], int(row["latent"])
+            category = labels[latent].category if latent in labels else _UNLABELLED
+            counts[side][category] += 1
+            weight = int(row["count"]) * float(row["mean_activation"])
+            mass[side][category] = mass[side].get(category, 0.0) + weight
+    return {side: LatentSet(side, counts[side], mass[side]) for side in counts}
+
+
+def _comparisons(
+    names: list[str], facts: list[dict[str, str]], sides: list[dict[str, LatentSet]], config: CompareConfig
+) -> list[Comparison]:
+    found = []
+    for name, fact, exclusive in zip(names, facts, sides, strict=True):
+        base, tuned = fact["base"], fact["tuned"]
+        found.append(
+            _compare_sets(
+                "base→tuned" if len(names) == 1 else name,
+                LatentSet(f"only {base}", exclusive["base"].counts, exclusive["base"].mass),
+                LatentSet(f"only {tuned}", exclusive["tuned"].counts, exclusive["tuned"].mass),
+                f"Latents only {tuned} has (gained by tuning) against those only {base} has (lost).",
+                f"gained from {base} to {tuned}",
+                f"lost from {base} to {tuned}",
+                config,
+            )
+        )
+    if len(names) == 2:
+        for kind, side, direction in (("gained", "tuned", "over"), ("lost", "base", "from")):
+            first, second = (sides[i][side] for i in (0, 1))
+            found.append(
+                _compare_sets(
+                    kind,
+                    LatentSet(f"{kind} by {names[0]}", first.counts, first.mass),
+                    LatentSet(f"{kind} by {names[1]}", second.counts, second.mass),
+                    f"Latents {kind} {direction} {facts[0]['base']}: by {names[1]} against by {names[0]}.",
+                    f"{kind} more by {names[1]} than by {names[0]}",
+                    f"{kind} less by {names[1]} than by {names[0]}",
+                    config,
+                )
+            )
+    return found
+
+
+def _compare_sets(
+    name: str, a: LatentSet, b: LatentSet, explanation: str, more: str, less: str, config: CompareConfig
+) -> Comparison:
+    differences = compare_shares(
+        dict(a.counts),
+        a.total,
+        dict(b.counts),
+        b.total,
+        confidence=config.confidence,
+        untested=_NO_CATEGORY,
+    )
+    return Comparison(name, a, b, explanation, more, less, differences)
+
+
+def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
+    lines = [",".join(COLUMNS)]
+    for comparison in comparisons:
+        a, b = comparison.a, comparison.b
+        for d in comparison.differences:
+            numbers = {
+                "share_a": d.share_a,
+                "share_b": d.share_b,
+                "delta_percent": d.delta_percent,
+                "percent_low": d.percent_low,
+                "percent_high": d.percent_high,
+                "delta_points": d.delta_points,
+                "points_low": d.points_low,
+                "points_high": d.points_high,
+                "p": d.p,
+                "q": d.q,
+                "mass_a": _share(a.mass, d.category),
+                "mass_b": _share(b.mass, d.category),
+            }
+            cells = {
+                "comparison": _quoted(comparison.name),
+                "category": _quoted(d.category),
+                "side_a": _quoted(a.name),
+                "side_b": _quoted(b.name),
+                "count_a": d.count_a,
+                "total_a": d.total_a,
+                "count_b": d.count_b,
+                "total_b": d.total_b,
+                "significant": int(d.q < config.alpha),
+                **{name: f"{value:.6g}" if math.isfinite(value) else "" for name, value in numbers.items()},
+            }
+            lines.append(",".join(str(cells[column]) for column in COLUMNS))
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A CSV cell. Python 3.11's csv leaves a carriage return bare when lines end with a newline."""
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\r\n') else text
+
+
+def _share(mass: Mapping[str, float], category: str) -> float:
+    total = sum(mass.values())
+    return mass.get(category, 0.0) / total if total else math.nan
+
+
+def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], config: CompareConfig) -> dict[str, Any]:
+    return {
+        "schema": rundir.SCHEMA,
+        "kind": "pair" if len(runs) == 1 else "triangulated",
+        "alpha": config.alpha,
+        "confidence": config.confidence,
+        "runs": runs,
+        "comparisons": [
+            {
+                "name": c.name,
+                "side_a": c.a.name,
+                "side_b": c.b.name,
+                "total_a": c.a.total,
+                "total_b": c.b.total,
+                "unlabelled_a": c.a.counts[_UNLABELLED] + c.a.counts[UNINTERPRETABLE],
+                "unlabelled_b": c.b.counts[_UNLABELLED] + c.b.counts[UNINTERPRETABLE],
+                "n_categories": _n_categories(c),
+                "explanation": c.explanation,
+            }
+            for c in comparisons
+        ],
+        "verdict": [sentence for c in comparisons for sentence in _verdict(c, config)],
+        "method": (
+            "A latent counts for the model that alone has it by latent scaling (column `specific`). A "
+            "category's share of one side's latents is compared with its share of the other's: Fisher's "
+            "exact test, two-sided, with Benjamini-Hochberg over the categories of a comparison "
+            f"(significant: q < {config.alpha:g}); {100 * config.confidence:g} % intervals by Newcombe. "
+            "Unlabelled and uninterpretable latents stay in the denominators and are not tested. Latents are "
+            "treated as independent, and one crosscoder was trained: another seed gives other latents."
+        ),
+    }
+
+
+def _n_categories(comparison: Comparison) -> int:
+    return sum(d.category not in _NO_CATEGORY for d in comparison.differences)
+
+
+def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
+    """One sentence per direction that has significant categories, or one that says there are none."""
+    a, b = comparison.a, comparison.b
+    if a.total == 0 or b.total == 0:
+        empty = a.name if a.total == 0 else b.name
+        return [f"{comparison.name}: no latent is {empty!r}, so categories cannot be compared."]
+    real = [d for d in comparison.differences if d.q < config.alpha]
+    sentences = []
+    for words, chosen in (
+        (comparison.more, [d for d in real if d.delta_points > 0]),
+        (comparison.less, [d for d in reversed(real) if d.delta_points < 0]),
+    ):
+        if chosen:
+            listed = "; ".join(
+                f"{d.category} ({d.count_b}/{b.total} against {d.count_a}/{a.total} latents, q = {d.q:.1g})"
+                for d in chosen
+            )
+            sentences.append(f"{words[0].upper()}{words[1:]}: {listed}.")
+    n = _n_categories(comparison)
+    if n == 0:
+        return [
+            f"{comparison.name}: the text has no categories, so there is none to compare; "
+            "extract it with --category-field."
+        ]
+    if not sentences:
+        sentences.append(
+            f"{comparison.name}: no category differs beyond noise (q < {config.alpha:g}, {n} categories, "
+            f"{b.total} latents against {a.total})."
+        )
+    return sentences

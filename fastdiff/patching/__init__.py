@@ -1,0 +1,1 @@
+"""Language models opened again after extraction: cut in halves at a layer, and patched there."""
