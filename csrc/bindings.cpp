@@ -277,6 +277,27 @@ std::uint64_t add_statistics(const py::array& data, const std::string& dtype, st
     return statistics.n;
 }
 
+py::array_t<float> row_norms(const py::array& data, const std::string& dtype, std::size_t n_models,
+                             std::size_t d_model) {
+    const auto [bytes, n_bytes] = bytes_of(data);
+    if (dtype != "bfloat16" && dtype != "float32")
+        throw py::value_error("dtype must be bfloat16 or float32, got " + dtype);
+    const std::size_t row_bytes = n_models * d_model * (dtype == "float32" ? 4 : 2);
+    if (row_bytes == 0 || n_bytes % row_bytes != 0)
+        throw py::value_error(std::to_string(n_bytes) + " bytes are no rows of " + std::to_string(row_bytes));
+    const std::size_t n_rows = n_bytes / row_bytes;
+    py::array_t<float> out({static_cast<py::ssize_t>(n_rows), static_cast<py::ssize_t>(n_models)});
+    float* to = out.mutable_data();
+    {
+        py::gil_scoped_release unlocked;
+        if (dtype == "float32")
+            fastdiff::row_norms(reinterpret_cast<const float*>(bytes), n_rows * n_models, d_model, to);
+        else
+            fastdiff::row_norms(reinterpret_cast<const std::uint16_t*>(bytes), n_rows * n_models, d_model, to);
+    }
+    return out;
+}
+
 std::uint32_t crc32c(const py::array& data, std::uint32_t value, bool tables) {
     const auto [bytes, n_bytes] = bytes_of(data);
     py::gil_scoped_release unlocked;
@@ -348,6 +369,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("add_statistics", &add_statistics, py::arg("data"), py::arg("dtype"), py::arg("n"),
           py::arg("mean").noconvert(), py::arg("m2").noconvert(), py::arg("norms").noconvert(),
           "Count rows into mean [M, D], M2 [M, D] and the sum of norms [M] of n rows, in place; returns the new n.");
+    m.def("row_norms", &row_norms, py::arg("data"), py::arg("dtype"), py::arg("n_models"), py::arg("d_model"),
+          "The L2 norm of each model's part of rows [n, M, D]: (n, M) float32.");
     m.def("crc32c", &crc32c, py::arg("data"), py::arg("value") = 0, py::kw_only(), py::arg("tables") = false,
           "CRC-32C of an array's bytes, continuing from `value`.");
     m.def("crc32c_blocks", &crc32c_blocks, py::arg("data"), py::arg("block_bytes"), py::kw_only(),

@@ -96,12 +96,39 @@ inline __attribute__((always_inline)) void add(RowStatistics& to, const Value* r
     }
 }
 
+template <typename Value>
+inline __attribute__((always_inline)) void norms_of(const Value* vectors, std::size_t n, std::size_t width,
+                                                    float* norms) {
+    for (std::size_t i = 0; i < n; ++i) {
+        const Value* vector = vectors + i * width;
+        double sums[kLanes] = {};
+        const std::size_t whole = width - width % kLanes;
+        for (std::size_t c = 0; c < whole; c += kLanes)
+            for (std::size_t lane = 0; lane < kLanes; ++lane) {
+                const double value = static_cast<double>(widen(vector[c + lane]));
+                sums[lane] += value * value;
+            }
+        for (std::size_t c = whole; c < width; ++c) {
+            const double value = static_cast<double>(widen(vector[c]));
+            sums[c - whole] += value * value;
+        }
+        double sum = 0.0;
+        for (const double part : sums) sum += part;
+        norms[i] = static_cast<float>(std::sqrt(sum));
+    }
+}
+
 #if defined(__x86_64__)
 // Twice as many lanes. Without fused multiply-add, so the bits are those of the portable path.
 template <typename Value>
 __attribute__((target("avx2"))) void add_avx2(RowStatistics& to, const Value* rows, std::size_t n_rows,
                                               std::size_t n_models, std::size_t d_model) {
     add(to, rows, n_rows, n_models, d_model);
+}
+
+template <typename Value>
+__attribute__((target("avx2"))) void norms_avx2(const Value* vectors, std::size_t n, std::size_t width, float* norms) {
+    norms_of(vectors, n, width, norms);
 }
 #endif
 
@@ -111,6 +138,14 @@ void dispatch(RowStatistics& to, const Value* rows, std::size_t n_rows, std::siz
     if (__builtin_cpu_supports("avx2")) return add_avx2(to, rows, n_rows, n_models, d_model);
 #endif
     add(to, rows, n_rows, n_models, d_model);
+}
+
+template <typename Value>
+void dispatch_norms(const Value* vectors, std::size_t n, std::size_t width, float* norms) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2")) return norms_avx2(vectors, n, width, norms);
+#endif
+    norms_of(vectors, n, width, norms);
 }
 
 }  // namespace
@@ -123,6 +158,14 @@ void add_rows(RowStatistics& statistics, const float* rows, std::size_t n_rows, 
 void add_rows(RowStatistics& statistics, const std::uint16_t* rows, std::size_t n_rows, std::size_t n_models,
               std::size_t d_model) {
     dispatch(statistics, rows, n_rows, n_models, d_model);
+}
+
+void row_norms(const float* vectors, std::size_t n, std::size_t width, float* norms) {
+    dispatch_norms(vectors, n, width, norms);
+}
+
+void row_norms(const std::uint16_t* vectors, std::size_t n, std::size_t width, float* norms) {
+    dispatch_norms(vectors, n, width, norms);
 }
 
 }  // namespace fastdiff

@@ -25,4 +25,8 @@ void add_rows(RowStatistics& statistics, const float* rows, std::size_t n_rows, 
 void add_rows(RowStatistics& statistics, const std::uint16_t* rows, std::size_t n_rows, std::size_t n_models,
               std::size_t d_model);
 
+// The L2 norm of each of `n` vectors of `width` values, which lie back to back: summed in float64, rounded once.
+void row_norms(const float* vectors, std::size_t n, std::size_t width, float* norms);
+void row_norms(const std::uint16_t* vectors, std::size_t n, std::size_t width, float* norms);
+
 }  // namespace fastdiff

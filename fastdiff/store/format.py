@@ -10,9 +10,11 @@ the shards follow one another in the order `store.json` lists them (without a li
     /positions     (n,) int32: the position in the sequence
     /roles         (n,) uint8: index into the roles of store.json
     /sources       (n,) uint16: index into the sources of store.json
+    /norms         (n, M) float32: L2 norm of each model's part of the row, of the values as they are stored
     /crc32c        (⌈n/32⌉,) uint32: CRC-32C of the bytes of rows 32j … 32j+31 of /activations
 
-Only `/activations` is required; a side column is there in every shard or in none. All numbers are little
+Only `/activations` is required; a side column is there in every shard or in none. A data set `/norms` of another
+shape or type is not this column. All numbers are little
 endian. Model 0 is `base`, model 1 is `tuned`. bfloat16 is the HDF5 float type of 2 bytes with 1 sign, 8
 exponent and 7 mantissa bits and bias 127: HDF5 reads it as float32, exactly. HDF5 must not write it from
 float32: its rounding is away from zero at ties, and slow.
@@ -30,13 +32,24 @@ No file holds the time of day, so equal contents are equal bytes.
     roles, sources     ["bos", "text", …], [{"dataset", "category"}]
     tokenizer          facts about the tokenizer and chat template
     datasets           facts about the data sets, with their fingerprints
-    stats              float64 statistics over the stored values of all rows whose role is not "bos":
+    left_out           which rows are left out of use, although they are here (`left_out.py`): max_norm, the rule;
+                       median [M] of the norms over the first 50,000 rows that are not BOS; rows, how many rows
+                       other than BOS it leaves out; position_0, how many of them as first positions;
+                       variance_share [M], of the squared distance of all rows but BOS from their mean
+    stats              float64 statistics over the stored values of the rows in use:
                        n_rows, mean [M][D], variance [M] (summed over D, divided by n), mean_norm [M]
     vocabulary_sha256  sha256 of `vocabulary.json`, a JSON list: index token id, value display string
     command, versions, config   how the store was made
 
+With `max_norm` 0, only rows whose role is "bos" are left out of use. What the writer is not told is 0.
+
+Stores without `left_out` (of versions before it, of other tools, bare files) are held against the default rule when
+they are opened for use: 3 times the median, or 6 where `hook` of the first model is mlp_out or attn_out. Their norms
+are measured, in one pass over the rows, if they have no `/norms`. Their `stats`, which are over all rows whose role is
+not "bos", are computed again if that leaves out a row. `"left_out": {"max_norm": 0}` in store.json keeps all rows.
+
 A shard's sha256 is over the bytes of `/crc32c`, then of `/token_ids`, `/sequence_ids`, `/positions`,
-`/roles` and `/sources`, as far as they exist, then of the JSON object
+`/roles`, `/sources` and `/norms`, as far as they exist, then of the JSON object
 {"dtype", "n_rows", "n_models", "d_model", "schema"} with sorted keys and no spaces.
 """
 
@@ -75,7 +88,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
 }
 
-# in the order a shard's hash takes them
+# rows other than BOS over which the median norm is taken
+ROWS_OF_MEDIAN = 50_000
+
+# those a writer is given, in the order a shard's hash takes them
 COLUMNS: dict[str, np.dtype[Any]] = {
     "token_ids": np.dtype("<i4"),
     "sequence_ids": np.dtype("<i8"),
@@ -83,6 +99,8 @@ COLUMNS: dict[str, np.dtype[Any]] = {
     "roles": np.dtype("u1"),
     "sources": np.dtype("<u2"),
 }
+# what the writer adds, in the same order behind them; it has a value per model
+NORMS, NORM_TYPE = "norms", np.dtype("<f4")
 
 
 class _Facts(BaseModel):
@@ -126,8 +144,23 @@ class ShardInfo(_Facts):
         return value
 
 
+class LeftOut(_Facts):
+    """Which rows are left out of use."""
+
+    max_norm: float = Field(ge=0, allow_inf_nan=False)
+    median: list[float] | None = None
+    rows: int | None = None
+    position_0: int | None = None
+    variance_share: list[float] | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """A writer has counted; a rule that was put into store.json by hand has no counts."""
+        return None not in (self.rows, self.position_0, self.variance_share)
+
+
 class Stats(_Facts):
-    """Float64 statistics of the stored values over all rows whose role is not "bos"."""
+    """Float64 statistics of the stored values over the rows in use."""
 
     n_rows: int
     mean: list[list[float]]
@@ -146,6 +179,7 @@ class StoreMeta(_Facts):
     sources: list[SourceInfo] | None = None
     tokenizer: dict[str, Any] | None = None
     datasets: list[dict[str, Any]] | None = None
+    left_out: LeftOut | None = None
     stats: Stats | None = None
     vocabulary_sha256: str | None = None
     command: list[str] | None = None
@@ -215,7 +249,7 @@ def create_shard(
         n_models: M.
         d_model: D.
         dtype: Type of `/activations`.
-        columns: Side columns that it has.
+        columns: Side columns that it has, `norms` among them.
 
     Returns:
         The byte offset in the file at which each data set begins.
@@ -254,7 +288,7 @@ def find_shard(
         n_models: M.
         d_model: D.
         dtype: Type of `/activations`.
-        columns: Side columns that it has.
+        columns: Side columns that it has, `norms` among them.
 
     Returns:
         The byte offset in the file at which each data set begins.
@@ -296,6 +330,8 @@ def _lay_out(n_rows: int, n_models: int, d_model: int, dtype: DtypeName, columns
     for name, kind in COLUMNS.items():
         if name in columns:
             shapes[name], types[name] = (n_rows,), h5py.h5t.py_create(kind)
+    if NORMS in columns:
+        shapes[NORMS], types[NORMS] = (n_rows, n_models), h5py.h5t.IEEE_F32LE
     shapes["crc32c"], types["crc32c"] = (crc_blocks(n_rows),), h5py.h5t.STD_U32LE
     sizes = {name: math.prod(shapes[name]) * types[name].get_size() for name in shapes}
     with os.fdopen(os.memfd_create("fastdiff-shard", os.MFD_CLOEXEC), "w+b", buffering=0) as memory:
@@ -369,7 +405,7 @@ def shard_sha256(
 ) -> str:
     """A shard's hash as the module's docstring defines it."""
     digest = hashlib.sha256(np.ascontiguousarray(crc32c, "<u4").data)
-    for name, kind in COLUMNS.items():
+    for name, kind in (*COLUMNS.items(), (NORMS, NORM_TYPE)):
         if name in columns:
             digest.update(np.ascontiguousarray(columns[name], kind).data)
     facts = {"schema": SCHEMA, "n_rows": n_rows, "n_models": n_models, "d_model": d_model, "dtype": dtype}

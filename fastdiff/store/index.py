@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdiff.errors import InputError
-from fastdiff.store.format import COLUMNS, TORCH_DTYPES, DtypeName, crc_blocks, dtype_name
+from fastdiff.store.format import COLUMNS, NORM_TYPE, NORMS, TORCH_DTYPES, DtypeName, crc_blocks, dtype_name
 from fastdiff.store.written import check_written
 
 REPACK = "`h5repack -l CONTI -f NONE old.h5 new.h5`"
@@ -48,7 +48,7 @@ class ShardIndex:
         n_models: M.
         d_model: D.
         dtype: What its values are.
-        columns: Side columns it has.
+        columns: Side columns it has, `norms` among them.
         offsets: (E,) byte offset of each extent, in row order; empty if `slow`.
         extent_rows: (E,) rows in each extent.
         slow: Why rows must be read through HDF5, or None.
@@ -188,6 +188,8 @@ def _check(path: Path, file: h5py.File, data_set: h5py.Dataset, told: DtypeName 
             offsets, extent_rows = _extents(chunks, n_rows, data_set.chunks[0], row_bytes)
         _check_room(path, offsets, extent_rows, row_bytes)
     columns = tuple(name for name in COLUMNS if _has_integers(path, file, name, n_rows))
+    if _has_norms(path, file, n_rows, n_models):
+        columns += (NORMS,)
     has_crc = _has_integers(path, file, "crc32c", crc_blocks(n_rows))
     return ShardIndex(path, n_rows, n_models, d_model, dtype, columns, offsets, extent_rows, slow, has_crc)
 
@@ -268,6 +270,15 @@ def _has_integers(path: Path, file: h5py.File, name: str, length: int) -> bool:
     if not isinstance(column, h5py.Dataset) or column.shape != (length,) or column.dtype.kind not in "iu":
         what = f"{column.shape} {column.dtype}" if isinstance(column, h5py.Dataset) else "no data set"
         raise InputError(f"{path}: /{name} is {what}, expected ({length},) integers; extract it again")
+    check_written(path, column)
+    return True
+
+
+def _has_norms(path: Path, file: h5py.File, n_rows: int, n_models: int) -> bool:
+    """True if there is the column `norms`, all written; another tool may call something else so."""
+    column = file.get(NORMS)
+    if not isinstance(column, h5py.Dataset) or column.shape != (n_rows, n_models) or column.dtype != NORM_TYPE:
+        return False
     check_written(path, column)
     return True
 

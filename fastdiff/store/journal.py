@@ -6,7 +6,9 @@
     shards        finished shards, as in store.json
     sums          CRC-32C of the beginnings of the side columns and of /crc32c (full blocks) of the shard being filled
     last_sum      CRC-32C of the rows in its last block, if that is not full
-    stats         state of the statistics over the acknowledged rows, base64 of float64, so exact
+    stats         state of the statistics over the acknowledged rows, base64 of float64, so exact; of no row before the
+                  median norm is known
+    first_positions  rows among them that are left out of use as first positions
     sha256        of all the above as canonical JSON
 
 A kill between two commits leaves the older journal; the rows written since then are written again.
@@ -40,6 +42,7 @@ class Journal(BaseModel):
     shards: list[ShardInfo]
     sums: dict[str, Crc]
     last_sum: Crc
+    first_positions: NonNegativeInt = 0
     stats: str
 
     @property

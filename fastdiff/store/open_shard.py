@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fastdiff import _native
 from fastdiff.errors import InputError
-from fastdiff.store.format import ALIGNMENT, COLUMNS, CRC_ROWS, crc_blocks, write_at
+from fastdiff.store.format import ALIGNMENT, COLUMNS, CRC_ROWS, NORM_TYPE, NORMS, crc_blocks, write_at
 
 # writes of 4 MB were no faster
 _BUFFER_BYTES = 1 << 20
@@ -102,13 +102,18 @@ class OpenShard:
         n_rows: Rows it will hold.
         row_bytes: Bytes of a row of `/activations`.
         staging: Buffers to use.
+        n_models: M, the width of `norms`.
     """
 
-    def __init__(self, path: Path, offsets: Mapping[str, int], n_rows: int, row_bytes: int, staging: Staging):
+    def __init__(
+        self, path: Path, offsets: Mapping[str, int], n_rows: int, row_bytes: int, staging: Staging, n_models: int = 1
+    ):
         self.n_rows, self.n_written = n_rows, 0
         self.columns: dict[str, NDArray[Any]] = {
             name: np.zeros(n_rows, kind) for name, kind in COLUMNS.items() if name in offsets
         }
+        if NORMS in offsets:
+            self.columns[NORMS] = np.zeros((n_rows, n_models), NORM_TYPE)
         self.crc32c = np.zeros(crc_blocks(n_rows), np.uint32)
         self._path, self._offsets, self._row_bytes, self._staging = path, offsets, row_bytes, staging
         self._buffer: NDArray[np.uint8] | None = None
@@ -131,7 +136,7 @@ class OpenShard:
 
         Args:
             rows: [n, bytes of a row].
-            columns: The n values of each side column, in their stored types.
+            columns: The n values of each side column, in their stored types; `norms` is [n, M].
 
         Raises:
             OSError: An earlier row could not be written.
@@ -203,7 +208,7 @@ class OpenShard:
         """
         step = self._staging.n_rows
         for first in range(start // CRC_ROWS * CRC_ROWS, self.n_written, step):
-            rows = self._read_rows(first, min(self.n_written, first + step))
+            rows = self.read_rows(first, min(self.n_written, first + step))
             found = _native.crc32c_blocks(rows, CRC_ROWS * self._row_bytes)
             wanted = self.crc32c[first // CRC_ROWS :][: len(found)]
             if not np.array_equal(found, wanted):
@@ -223,7 +228,7 @@ class OpenShard:
         if first < self.n_written < self.n_rows:
             self.check(first)
             self._buffer = self._staging.take()
-            self._buffer[: self.n_written - first] = self._read_rows(first, self.n_written)
+            self._buffer[: self.n_written - first] = self.read_rows(first, self.n_written)
 
     def close(self) -> None:
         """Close the file. No thread may be writing it any more."""
@@ -254,9 +259,15 @@ class OpenShard:
         write_at(self._fd, data[start:], offset + start)
 
     def _write_part(self, name: str, values: NDArray[Any], start: int, stop: int) -> None:
-        write_at(self._fd, values[start:stop].data, self._offsets[name] + start * values.itemsize)
+        # a row of `norms` has several values
+        write_at(self._fd, values[start:stop].data, self._offsets[name] + start * values.strides[0])
 
-    def _read_rows(self, start: int, stop: int) -> NDArray[np.uint8]:
+    def read_rows(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows [start, stop), which `sync` has put into the file: [rows, bytes of a row].
+
+        Raises:
+            InputError: They cannot be read.
+        """
         rows = np.empty((stop - start, self._row_bytes), np.uint8)
         self._read(rows.data, self._offsets["activations"] + start * self._row_bytes)
         return rows

@@ -17,17 +17,21 @@ from fastdiff.rundir import read_json, sha256_file, sha256_text
 from fastdiff.store.documents import cut_before_holdout
 from fastdiff.store.format import (
     COLUMNS,
+    NORM_TYPE,
+    NORMS,
     STORE_FILE,
     TORCH_DTYPES,
     VOCABULARY_FILE,
+    LeftOut,
     ModelInfo,
     Stats,
     StoreMeta,
 )
 from fastdiff.store.hdf5_rows import Hdf5Rows
 from fastdiff.store.index import BITS, HDF5_ERRORS, REPACK, ShardIndex, index_shard, open_hdf5
+from fastdiff.store.left_out import BOS, FIRST, SINK, USED, LeftOutRows, Medians, Rule, default_max_norm, norms_of
 from fastdiff.store.parts import disagreements, find_parts
-from fastdiff.store.statistics import RunningStats
+from fastdiff.store.statistics import PartedStats
 
 # rows read at a time for statistics: 4096 rows of 2 x 3584 bfloat16 are 59 MB
 _PASS_ROWS = 4096
@@ -81,7 +85,9 @@ class ActivationStore:
         self.first_rows = np.cumsum([0, *(shard.n_rows for shard in self._shards)], dtype=np.int64)
         self.n_rows = int(self.first_rows[-1])
         self.slow = next((f"{s.path.name}: {s.slow}" for s in self._shards if s.slow is not None), None)
-        self._stats = self.meta.stats
+        self._codes: NDArray[np.uint8] | None = None
+        self._left_out: LeftOut | None = None
+        self._stats: Stats | None = None
         self._sha256: str | None = None
         self._vocabulary: list[str] | None = None
         self._hdf5: Hdf5Rows | None = None
@@ -203,19 +209,19 @@ class ActivationStore:
         return self.rows(np.arange(start, stop, dtype=np.int64))
 
     def column(self, name: str) -> NDArray[Any] | None:
-        """A side column over all shards: (N,), or None if the store has none.
+        """A side column over all shards: (N,), norms (N, M), or None if the store has none.
 
         Args:
-            name: token_ids, sequence_ids, positions, roles or sources.
+            name: token_ids, sequence_ids, positions, roles, sources or norms.
 
         Raises:
             InputError: A file cannot be read.
         """
-        if name not in COLUMNS:
-            raise ValueError(f"no column {name!r}; there are {', '.join(COLUMNS)}")
+        if name not in (*COLUMNS, NORMS):
+            raise ValueError(f"no column {name!r}; there are {', '.join((*COLUMNS, NORMS))}")
         if name not in self._shards[0].columns:
             return None
-        return np.concatenate([_integers(shard.path, name, COLUMNS[name]) for shard in self._shards])
+        return np.concatenate([_column(shard.path, name) for shard in self._shards])
 
     def stats(self) -> Stats:
         """Mean, variance and mean norm over the usable rows, from `store.json` or by one pass in float64.
@@ -224,17 +230,139 @@ class ActivationStore:
             InputError: There are no usable rows, or a value is NaN or infinite.
         """
         if self._stats is None:
-            self._stats = self._compute_stats()
+            # those of a store without a rule are over all rows that are not BOS
+            if self.meta.stats is not None and (self._recorded() is not None or not self._found().rows):
+                self._stats = self.meta.stats
+            else:
+                self._compute_stats()
+        assert self._stats is not None
         return self._stats
 
     def usable_rows(self) -> NDArray[np.int64] | None:
-        """Numbers of the rows whose role is not "bos": (n,), ascending, or None if that is all rows."""
-        roles = self.meta.roles or []
-        column = self.column("roles") if "bos" in roles else None
-        if column is None:
-            return None
-        usable = np.flatnonzero(column != roles.index("bos"))
+        """Numbers of the rows that are not left out of use: (n,), ascending, or None if that is all rows.
+
+        Left out are those of `left_out`: BOS, sinks, and first positions without BOS. The first call for a store
+        without `norms` may read all rows.
+
+        Raises:
+            InputError: A file cannot be read.
+        """
+        usable = np.flatnonzero(self._why_left_out() == USED)
         return None if len(usable) == self.n_rows else usable
+
+    def left_out(self) -> LeftOutRows:
+        """The rows that are left out of use, by why they are.
+
+        Raises:
+            InputError: A file cannot be read.
+        """
+        codes = self._why_left_out()
+        return LeftOutRows(bos=codes == BOS, sinks=codes == SINK, first=codes == FIRST)
+
+    @property
+    def must_be_measured(self) -> bool:
+        """What is left out of use takes a pass over the rows, because there is no column `norms`."""
+        return self._codes is None and self._rule().max_norm > 0 and NORMS not in self._shards[0].columns
+
+    def left_out_facts(self) -> dict[str, Any]:
+        """What is left out of use besides BOS, for JSON.
+
+        Returns:
+            `max_norm`; `median` per model, or null where the rule is off; `rows`, how many are left out; `position_0`,
+            how many of them as first positions; `share` of the rows that are not BOS; `variance_share` per model;
+            `usable`, the rows in use; `from`, "store.json" or, for a store without the rule, "measured".
+
+        Raises:
+            InputError: There are no usable rows, or a value is NaN or infinite, where that must be measured.
+        """
+        usable = self.stats().n_rows
+        if self._found().variance_share is None:
+            self._compute_stats()
+        found = self._found()
+        rows = found.rows or 0
+        return {
+            **found.model_dump(include={"max_norm", "median", "rows", "position_0", "variance_share"}),
+            "share": rows / (rows + usable),
+            "usable": usable,
+            "from": "measured" if self._recorded() is None else STORE_FILE,
+        }
+
+    def left_out_line(self) -> str | None:
+        """The same in a line, or None if nothing but BOS is left out.
+
+        Raises:
+            InputError: As `left_out_facts`.
+        """
+        facts = self.left_out_facts()
+        if not facts["rows"]:
+            return None
+        n_first, n_sinks = facts["position_0"], facts["rows"] - facts["position_0"]
+        parts = [f"{n_sinks:,} whose norm is over {facts['max_norm']:g} times the median"] if n_sinks else []
+        if n_first:
+            parts.append(f"{n_first:,} at position 0 without BOS")
+        variance = " and ".join(f"{share:.0%}" for share in facts["variance_share"])
+        return (
+            f"left out of use: {facts['rows']:,} of {facts['rows'] + facts['usable']:,} rows ({facts['share']:.1%}), "
+            f"{' and '.join(parts)}; {variance} of the variance"
+        )
+
+    def _rule(self) -> Rule:
+        told = self.meta.left_out
+        return Rule(self.meta, default_max_norm(self.meta.models[0].hook) if told is None else told.max_norm)
+
+    def _why_left_out(self) -> NDArray[np.uint8]:
+        """(N,) codes of `left_out.py`."""
+        if self._codes is None:
+            rule, told = self._rule(), self.meta.left_out
+            median = None if told is None else told.median
+            norms: list[NDArray[np.float32]] = []
+            columns = [self._columns_of(shard) for shard in self._shards]
+            if rule.max_norm:
+                norms = [self._norms(index) for index in range(len(self._shards))]
+                if median is None:
+                    medians = Medians(self.n_models)
+                    for shard, part, of in zip(self._shards, norms, columns, strict=True):
+                        medians.add(part, rule.bos(of, shard.n_rows))
+                    median = medians.result()
+            self._codes = np.concatenate(
+                [
+                    rule.codes(of, norms[i] if norms else None, median, self._shards[i].n_rows)
+                    for i, of in enumerate(columns)
+                ]
+            )
+            n_first, n_sinks = (int(np.count_nonzero(self._codes == code)) for code in (FIRST, SINK))
+            self._left_out = LeftOut(
+                max_norm=rule.max_norm, median=median, rows=n_first + n_sinks, position_0=n_first,
+                variance_share=None if n_first + n_sinks else [0.0] * self.n_models,
+            )  # fmt: skip
+        return self._codes
+
+    def _columns_of(self, shard: ShardIndex) -> dict[str, NDArray[Any]]:
+        return {name: _column(shard.path, name) for name in ("roles", "positions") if name in shard.columns}
+
+    def _norms(self, index: int) -> NDArray[np.float32]:
+        """The norms of a shard, (n, M): its column, or measured."""
+        shard, first = self._shards[index], int(self.first_rows[index])
+        if NORMS in shard.columns:
+            return _column(shard.path, NORMS)
+        parts = (
+            self.slice(start, min(first + shard.n_rows, start + _PASS_ROWS))
+            for start in range(first, first + shard.n_rows, _PASS_ROWS)
+        )
+        return np.concatenate([norms_of(part) for part in parts])
+
+    def _recorded(self) -> LeftOut | None:
+        told = self.meta.left_out
+        return told if told is not None and told.is_recorded else None
+
+    def _found(self) -> LeftOut:
+        """What is left out besides BOS: as store.json says, or counted."""
+        recorded = self._recorded()
+        if recorded is not None:
+            return recorded
+        self._why_left_out()
+        assert self._left_out is not None
+        return self._left_out
 
     def n_train(self, holdout: float) -> int:
         """Rows [0, n_train) are for training, the others for evaluation.
@@ -271,24 +399,29 @@ class ActivationStore:
             self._vocabulary = found
         return self._vocabulary
 
-    def _compute_stats(self) -> Stats:
-        usable = self.usable_rows()
-        n = self.n_rows if usable is None else len(usable)
-        running = RunningStats(self.n_models, self.d_model)
-        for start in range(0, n, _PASS_ROWS):
-            numbers = np.arange(start, min(n, start + _PASS_ROWS), dtype=np.int64)
-            block = self.rows(numbers if usable is None else usable[numbers])
+    def _compute_stats(self) -> None:
+        """Statistics of the usable rows, and which share of the variance the others have, in one pass."""
+        codes = self._why_left_out()
+        assert self._left_out is not None
+        counted = np.flatnonzero(codes != BOS)
+        running = PartedStats(self.n_models, self.d_model)
+        for start in range(0, len(counted), _PASS_ROWS):
+            numbers = counted[start : start + _PASS_ROWS]
+            block = self.rows(numbers)
             finite = torch.isfinite(block)
             if not bool(finite.all()):
                 at, model = (int(i) for i in (~finite).nonzero()[0][:2])
-                row = int(numbers[at] if usable is None else usable[numbers[at]])
                 name = self.meta.models[model].name
-                raise InputError(f"{self.path}: row {row} of model {name} holds NaN or infinity; extract it again")
-            running.add(block)
-        found = running.result()
-        if found is None:
-            raise InputError(f"{self.path}: every row has the role bos, so there is nothing to learn from")
-        return found
+                raise InputError(
+                    f"{self.path}: row {numbers[at]} of model {name} holds NaN or infinity; extract it again"
+                )
+            used = codes[numbers] == USED
+            running.add(block, used, ~used)
+        self._stats = running.result()
+        if self._stats is None:
+            why = "is left out of use (BOS, position 0, norm)" if len(counted) else "has the role bos"
+            raise InputError(f"{self.path}: every row {why}, so there is nothing to learn from")
+        self._left_out = self._left_out.model_copy(update={"variance_share": running.variance_share()})
 
     def explained(self, error: _native.ReadError | _native.CorruptRows | _native.NonFiniteRow) -> InputError:
         """What a native reader of this store found, with the file, and what to do about it."""
@@ -343,6 +476,18 @@ def _integers(path: Path, name: str, kind: np.dtype[Any]) -> NDArray[Any]:
             "write them again as the format says"
         )
     return values.astype(kind, copy=False)
+
+
+def _column(path: Path, name: str) -> NDArray[Any]:
+    """A side column of one file, in its type."""
+    if name != NORMS:
+        return _integers(path, name, COLUMNS[name])
+    with open_hdf5(path) as file:
+        try:
+            norms: NDArray[np.float32] = file[name][:].astype(NORM_TYPE, copy=False)
+        except HDF5_ERRORS as error:
+            raise InputError(f"{path}: /{name} cannot be read ({error}); copy or extract it again") from error
+    return norms
 
 
 def _unnamed_models(n_models: int) -> list[ModelInfo]:

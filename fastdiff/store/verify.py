@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,9 @@ from numpy.typing import NDArray
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
 from fastdiff.rundir import read_json, sha256_file
-from fastdiff.store.format import STORE_FILE, VOCABULARY_FILE, StoreMeta, crc_blocks
+from fastdiff.store.format import NORMS, STORE_FILE, VOCABULARY_FILE, StoreMeta, crc_blocks
 from fastdiff.store.index import HDF5_ERRORS, ShardIndex, index_shard, open_hdf5
+from fastdiff.store.left_out import Rule
 from fastdiff.store.parts import disagreements, find_parts, unnamed_shards
 from fastdiff.store.verify_columns import ColumnCheck
 from fastdiff.store.verify_rows import Moments, check_rows
@@ -207,13 +209,17 @@ def _check_rows(
     n_nonfinite = 0
     # statistics of rows that are damaged or not all there cannot fit, so they are no second problem
     moments = Moments(shards[0].n_models, shards[0].d_model) if meta.stats and not found.n_problems else None
+    # without norms nothing says which rows the statistics are over
+    if meta.left_out is not None and meta.left_out.max_norm and any(NORMS not in shard.columns for shard in shards):
+        moments = None
     n_rows = sum(shard.n_rows for shard in shards)
     with progress.task("verify", n_rows, "rows") as task:
         for shard in shards:
             sums = _checksums(shard, found)
             try:
-                usable = None if moments is None else _usable(meta, shard)
-                result = check_rows(shard, sums, n_threads, task.advance, usable, moments)
+                norms = _column(shard, NORMS)
+                codes = None if moments is None else _codes(meta, shard, norms)
+                result = check_rows(shard, sums, n_threads, task.advance, codes, moments, norms)
             except InputError as error:
                 found.add(str(error))
                 continue
@@ -226,19 +232,34 @@ def _check_rows(
                 f"{path}: {name} in the stats of {STORE_FILE} is not that of the rows; "
                 "remove the stats there, and they are computed"
             )
+        told = None if meta.left_out is None else meta.left_out.variance_share
+        share = moments.variance_share()
+        if told is not None and (len(told) != len(share) or not np.allclose(told, share, rtol=0, atol=1e-6)):
+            found.add(
+                f"{path}: left_out in {STORE_FILE} has the variance_share {told}, but it is {share.tolist()}; "
+                "extract it again"
+            )
     return n_nonfinite
 
 
-def _usable(meta: StoreMeta, shard: ShardIndex) -> NDArray[np.bool_]:
-    """Rows that statistics are over."""
-    if not meta.roles or "bos" not in meta.roles or "roles" not in shard.columns:
-        return np.broadcast_to(np.True_, shard.n_rows)
+def _codes(meta: StoreMeta, shard: ShardIndex, norms: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+    """Why each row is left out of use, for statistics; where no rule is recorded they are over all rows but BOS."""
+    told = meta.left_out if meta.left_out is not None and meta.left_out.is_recorded else None
+    rule = Rule(meta, 0.0 if told is None else told.max_norm)
+    found = {name: _column(shard, name) for name in ("roles", "positions")}
+    columns = {name: values for name, values in found.items() if values is not None}
+    return rule.codes(columns, norms, None if told is None else told.median, shard.n_rows)
+
+
+def _column(shard: ShardIndex, name: str) -> NDArray[Any] | None:
+    if name not in shard.columns:
+        return None
     with open_hdf5(shard.path) as file:
         try:
-            usable: NDArray[np.bool_] = file["roles"][:] != meta.roles.index("bos")
+            values: NDArray[Any] = file[name][:]
         except HDF5_ERRORS as error:
-            raise InputError(f"{shard.path}: /roles cannot be read ({error}); copy or extract it again") from error
-    return usable
+            raise InputError(f"{shard.path}: /{name} cannot be read ({error}); copy or extract it again") from error
+    return values
 
 
 def _checksums(shard: ShardIndex, found: Findings) -> NDArray[np.uint32] | None:

@@ -16,10 +16,13 @@ from fastdiff.errors import InputError
 from fastdiff.store.format import CRC_ROWS, TORCH_DTYPES, Stats
 from fastdiff.store.hdf5_rows import Hdf5Rows
 from fastdiff.store.index import BITS, ShardIndex
+from fastdiff.store.left_out import BOS, USED, norms_of
 from fastdiff.store.statistics import RunningStats
 
 # what one thread reads at a time; a block of 32 rows at least
 _PIECE_BYTES = 8 << 20
+# norms of another version may be added up in another order
+_NORM_TOLERANCE = 1e-6
 # ranges of rows that are named one by one
 _NAMED = 20
 
@@ -35,12 +38,16 @@ class RowFindings:
         unreadable: [first row, end, why].
         n_nonfinite: Rows that hold NaN or infinity.
         first_nonfinite: The first of them.
+        n_wrong_norms: Rows whose `/norms` are not their norms.
+        first_wrong_norm: The first of them.
     """
 
     corrupt: list[tuple[int, int]] = field(default_factory=list)
     unreadable: list[tuple[int, int, str]] = field(default_factory=list)
     n_nonfinite: int = 0
     first_nonfinite: int = -1
+    n_wrong_norms: int = 0
+    first_wrong_norm: int = -1
 
     def problems(self) -> Iterator[str]:
         """One line each, without the file's name."""
@@ -57,6 +64,11 @@ class RowFindings:
                 f"{self.n_nonfinite} rows hold NaN or infinity, the first is row {self.first_nonfinite}; "
                 "extract it again, or leave them out"
             )
+        if self.n_wrong_norms:
+            yield (
+                f"/norms of {self.n_wrong_norms} rows are not those of /activations, the first is row "
+                f"{self.first_wrong_norm}; extract it again"
+            )
 
     def _take(self, first: int, end: int, piece: "_Piece") -> None:
         if piece.why is not None:
@@ -69,12 +81,23 @@ class RowFindings:
         if piece.n_nonfinite and not self.n_nonfinite:
             self.first_nonfinite = first + piece.first_nonfinite
         self.n_nonfinite += piece.n_nonfinite
+        if len(piece.wrong_norms) and not self.n_wrong_norms:
+            self.first_wrong_norm = first + int(piece.wrong_norms[0])
+        self.n_wrong_norms += len(piece.wrong_norms)
 
 
 class Moments:
-    """Statistics of rows, from those of their parts."""
+    """Statistics of rows, from those of their parts.
 
-    def __init__(self, n_models: int, d_model: int):
+    Attributes:
+        left_out: Those of the rows that are left out of use though they are not BOS.
+    """
+
+    left_out: "Moments"
+
+    def __init__(self, n_models: int, d_model: int, *, parted: bool = True):
+        if parted:
+            self.left_out = Moments(n_models, d_model, parted=False)
         self._n = 0
         self._mean = np.zeros((n_models, d_model))
         self._m2 = np.zeros(n_models)
@@ -88,6 +111,15 @@ class Moments:
         self._m2 += np.array(part.variance) * part.n_rows + (apart**2).sum(axis=1) * (self._n * part.n_rows / n)
         self._norms += np.array(part.mean_norm) * part.n_rows
         self._n = n
+
+    def variance_share(self) -> NDArray[np.float64]:
+        """Share of the rows that are left out of Σ‖x − mean‖² over both parts, (M,)."""
+        n, other = self._n + self.left_out._n, self.left_out
+        if not other._n:
+            return np.zeros(len(self._m2))
+        mean = self._mean + (other._mean - self._mean) * (other._n / n)
+        there, apart = (part._m2 + part._n * ((part._mean - mean) ** 2).sum(axis=1) for part in (self, other))
+        return np.divide(apart, there + apart, out=np.zeros_like(apart), where=there + apart > 0)
 
     def differences(self, told: Stats) -> list[str]:
         """Names of the statistics that are not those of the rows, to 1e-9 of the value or of its spread."""
@@ -112,6 +144,8 @@ class _Piece:
     first_nonfinite: int
     why: str | None = None
     stats: Stats | None = None
+    left_out: Stats | None = None
+    wrong_norms: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def check_rows(
@@ -119,8 +153,9 @@ def check_rows(
     sums: NDArray[np.uint32] | None,
     n_threads: int,
     advance: Callable[[int], object],
-    usable: NDArray[np.bool_] | None = None,
+    codes: NDArray[np.uint8] | None = None,
     moments: Moments | None = None,
+    norms: NDArray[np.float32] | None = None,
 ) -> RowFindings:
     """Read all rows of a shard once.
 
@@ -129,8 +164,9 @@ def check_rows(
         sums: (⌈n/32⌉,) its `/crc32c`, or None.
         n_threads: Threads that read and sum; HDF5 reads with one, whatever is asked.
         advance: Called with the number of rows that have been checked since the last call.
-        usable: (n,) rows that statistics are over, or None for no statistics.
-        moments: Where the statistics of those rows are added, of pieces that are finite.
+        codes: (n,) why each row is left out of use (`left_out.py`), or None for no statistics.
+        moments: Where the statistics are added, of pieces that are finite.
+        norms: (n, M) its `/norms`, or None.
     """
     block_bytes = CRC_ROWS * shard.row_bytes
     step = CRC_ROWS * max(1, _PIECE_BYTES // block_bytes)
@@ -138,7 +174,7 @@ def check_rows(
     with _reader(shard) as read, ThreadPoolExecutor(n_threads) as pool:
 
         def check(first: int) -> _Piece:
-            return _check_piece(shard, sums, read, first, min(first + step, shard.n_rows), usable)
+            return _check_piece(shard, sums, read, first, min(first + step, shard.n_rows), codes, norms)
 
         starts = range(0, shard.n_rows, step)
         # a few at a time: all pieces of a large shard at once would be a large list
@@ -149,6 +185,8 @@ def check_rows(
                 found._take(first, end, piece)
                 if moments is not None and piece.stats is not None:
                     moments.add(piece.stats)
+                if moments is not None and piece.left_out is not None:
+                    moments.left_out.add(piece.left_out)
                 advance(end - first)
     return found
 
@@ -159,7 +197,8 @@ def _check_piece(
     read: Read,
     first: int,
     end: int,
-    usable: NDArray[np.bool_] | None,
+    codes: NDArray[np.uint8] | None,
+    norms: NDArray[np.float32] | None,
 ) -> _Piece:
     data = np.empty((end - first, shard.row_bytes), np.uint8)
     none = np.empty(0, np.int64)
@@ -175,11 +214,28 @@ def _check_piece(
         block = first // CRC_ROWS
         got = _native.crc32c_blocks(data, CRC_ROWS * shard.row_bytes)
         bad = np.flatnonzero(got != sums[block : block + len(got)])
+    wrong = none
+    # norms of damaged rows cannot fit, so they are no second problem
+    if norms is not None and not len(bad):
+        wrong = _wrong_norms(shard, data, norms[first:end])
     row = _native.first_nonfinite_row(data, shard.dtype)
+    if row < 0 and codes is None:
+        return _Piece(bad, 0, -1, wrong_norms=wrong)
     if row < 0:
-        return _Piece(bad, 0, -1, stats=None if usable is None else _statistics(shard, data, usable[first:end]))
+        code = codes[first:end]
+        used, left_out = (_statistics(shard, data, rows) for rows in (code == USED, (code != USED) & (code != BOS)))
+        return _Piece(bad, 0, -1, stats=used, left_out=left_out, wrong_norms=wrong)
     values = torch.from_numpy(data[row:]).view(TORCH_DTYPES[shard.dtype])
-    return _Piece(bad, int((~torch.isfinite(values)).any(dim=1).sum()), row)
+    return _Piece(bad, int((~torch.isfinite(values)).any(dim=1).sum()), row, wrong_norms=wrong)
+
+
+def _wrong_norms(shard: ShardIndex, data: NDArray[np.uint8], told: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Rows whose norms are not what they should be; of values that are not finite, none."""
+    rows = torch.from_numpy(data).view(TORCH_DTYPES[shard.dtype]).view(-1, shard.n_models, shard.d_model)
+    norms = norms_of(rows).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        fits = np.abs(told - norms) <= _NORM_TOLERANCE * norms
+    return np.flatnonzero((~fits & np.isfinite(norms)).any(axis=1))
 
 
 def _statistics(shard: ShardIndex, data: NDArray[np.uint8], usable: NDArray[np.bool_]) -> Stats | None:

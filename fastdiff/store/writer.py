@@ -6,13 +6,17 @@ before the first row arrives, so a killed process leaves no file that HDF5 has t
 A commit syncs the rows appended so far and acknowledges them in the journal (`journal.py`); only then are shards
 that have become full renamed, so the journal alone says what is there. A new writer continues at the first row
 that is not acknowledged, and the store it finishes is byte for byte the one of a writer that was never cut off.
+
+Statistics are over the rows in use (`left_out.py`), which are known once 50,000 rows other than BOS have told the
+median norm. Rows until then are read back once and counted; where a store ends before, at its end. Of two models of
+width 3,584 in bfloat16 that is 0.7 GB, whatever the size of the store. Later rows are counted as they come.
 """
 
 import base64
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -29,9 +33,11 @@ from fastdiff.rundir import fsync_directory, write_json
 from fastdiff.store.directory import disk_errors, lock_directory, remove_store, temporary
 from fastdiff.store.format import (
     COLUMNS,
+    NORMS,
     STORE_FILE,
     TORCH_DTYPES,
     DtypeName,
+    LeftOut,
     ShardInfo,
     StoreMeta,
     create_shard,
@@ -40,12 +46,15 @@ from fastdiff.store.format import (
     shard_sha256,
 )
 from fastdiff.store.journal import JOURNAL, Journal, read_journal, store_key, write_journal
+from fastdiff.store.left_out import BOS, FIRST, USED, Medians, Rule, norms_of
 from fastdiff.store.open_shard import OpenShard, Staging
-from fastdiff.store.statistics import RunningStats
+from fastdiff.store.statistics import PartedStats
 
 # a commit took 10 to 30 ms: every 10 s that is 0.3 %, and a kill costs 10 s of the models' work at most
 _COMMIT_BYTES = 256 << 20
 _COMMIT_SECONDS = 10.0
+# rows that are read back at a time
+_READ_ROWS = 4096
 
 
 class StoreWriter:
@@ -64,10 +73,12 @@ class StoreWriter:
         dtype: Type to store.
         shard_rows: Rows per shard; the last one has what is left.
         meta: Fields of `StoreMeta` without `shards`, `stats` and `dtype`.
-        columns: Side columns of the store: those that are known of every row.
+        columns: Side columns of the store: those that are known of every row. `norms` comes by itself.
         resume: Continue an unfinished store of the same arguments, if `path` holds one with acknowledged rows;
             append from row `n_appended` on. Otherwise, and if False, everything the writer finds there of a
             store, finished or not, is gone as soon as it is made.
+        max_norm: Rows whose norm is over so many times the median are left out of use, and so is position 0 without
+            BOS; 0 for none of it.
 
     Attributes:
         n_appended: Rows so far, those of the writers before included.
@@ -92,20 +103,27 @@ class StoreWriter:
         meta: dict[str, Any],
         columns: Collection[str] = tuple(COLUMNS),
         resume: bool = False,
+        max_norm: float = 0.0,
     ):
         if min(n_rows, n_models, d_model, shard_rows) < 1:
             raise ValueError(f"{n_rows=}, {n_models=}, {d_model=} and {shard_rows=} must be at least 1")
         self._path = Path(path)
-        self._meta = StoreMeta.model_validate({"schema": 1, **meta, "dtype": dtype})
+        self._meta = StoreMeta.model_validate(
+            {"schema": 1, **meta, "dtype": dtype, "left_out": {"max_norm": float(max_norm)}}
+        )
         if len(self._meta.models) != n_models:
             raise ValueError(f"meta names {len(self._meta.models)} models, the activations have {n_models}")
         self.n_rows, self.n_models, self.d_model, self.dtype = n_rows, n_models, d_model, dtype
         self._row_bytes = n_models * d_model * TORCH_DTYPES[dtype].itemsize
         self._columns = [name for name in COLUMNS if name in columns]
         self._sizes = [min(shard_rows, n_rows - start) for start in range(0, n_rows, shard_rows)]
-        roles = self._meta.roles or []
-        self._bos = roles.index("bos") if "bos" in roles and "roles" in columns else None
-        self._stats = RunningStats(n_models, d_model)
+        self._rule = Rule(self._meta, float(max_norm))
+        self._stats = PartedStats(n_models, d_model)
+        self._medians = Medians(n_models)
+        self._median: list[float] | None = None
+        self._n_first = 0
+        # rows are counted as they come: what is in use is known
+        self._counts = self._rule.max_norm == 0
         self._done: list[ShardInfo] = []
         self.n_appended = self.n_acknowledged = 0
         self._shard: OpenShard | None = None
@@ -197,7 +215,7 @@ class StoreWriter:
             raise ValueError(f"columns {list(columns)} given, but the store has {self._columns}")
         stored = activations.detach().to(device="cpu", dtype=TORCH_DTYPES[self.dtype]).contiguous()
         self._check_finite(activations, stored, columns)
-        counted = stored if self._bos is None else stored[torch.from_numpy(columns["roles"] != self._bos)]
+        columns[NORMS] = norms_of(stored)
         # an interrupt from here on leaves rows and numbers that do not agree
         self._failed = True
         with self._disk():
@@ -210,8 +228,13 @@ class StoreWriter:
                 start = stop
                 if shard.n_written == shard.n_rows:
                     self._finish_shard()
-        self._stats.add(counted)
         self.n_appended += n
+        if self._counts:
+            self._count(stored, columns)
+        else:
+            self._take_norms(columns)
+            if self._medians.complete:
+                self._begin_to_count()
         self._failed = False
         due = (self.n_appended - self.n_acknowledged) * self._row_bytes >= _COMMIT_BYTES
         if due or time.monotonic() - self._committed_at >= _COMMIT_SECONDS:
@@ -240,6 +263,7 @@ class StoreWriter:
                 shards=self._done,
                 sums={} if self._shard is None else self._shard.sums(),
                 last_sum=0 if self._shard is None else self._shard.last_sum(),
+                first_positions=self._n_first,
                 stats=base64.b64encode(self._stats.to_bytes()).decode(),
             )
             write_journal(self._path, journal)
@@ -247,6 +271,44 @@ class StoreWriter:
             self._rename_finished()
         self._failed = False
         self._committed_at = time.monotonic()
+
+    def _take_norms(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Let the next rows tell the median."""
+        self._medians.add(columns[NORMS], self._rule.bos(columns, len(columns[NORMS])))
+
+    def _begin_to_count(self) -> None:
+        """Count every row so far, now that the median is known, and from now on as they come."""
+        self._median = self._medians.result()
+        self._counts = True
+        with self._disk():
+            for rows, columns in self._read_back():
+                self._count(rows, columns)
+
+    def _count(self, rows: Tensor, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Take rows [n, M, D], as they are stored, into the statistics of their part."""
+        codes = self._rule.codes(columns, columns[NORMS], self._median, len(rows))
+        self._n_first += int(np.count_nonzero(codes == FIRST))
+        self._stats.add(rows, codes == USED, (codes != USED) & (codes != BOS))
+
+    def _read_back(self) -> Iterator[tuple[Tensor, dict[str, NDArray[Any]]]]:
+        """All rows so far, [n, M, D] in the stored type at a time, and their columns."""
+        for index in range(len(self._done)):
+            shard = self._open(index)
+            try:
+                shard.read_back(shard.n_rows)
+                yield from self._rows_of(shard)
+            finally:
+                shard.close()
+        if self._shard is not None:
+            self._shard.sync()
+            yield from self._rows_of(self._shard)
+
+    def _rows_of(self, shard: OpenShard) -> Iterator[tuple[Tensor, dict[str, NDArray[Any]]]]:
+        for start in range(0, shard.n_written, _READ_ROWS):
+            stop = min(shard.n_written, start + _READ_ROWS)
+            rows = torch.from_numpy(shard.read_rows(start, stop)).view(TORCH_DTYPES[self.dtype])
+            columns = {name: values[start:stop] for name, values in shard.columns.items()}
+            yield rows.view(-1, self.n_models, self.d_model), columns
 
     def _check_finite(self, given: Tensor, stored: Tensor, columns: Mapping[str, NDArray[Any]]) -> None:
         row = _native.first_nonfinite_row(stored.view(torch.uint8).numpy(), self.dtype)
@@ -307,6 +369,7 @@ class StoreWriter:
                 )
             if journal.checked_from < first + shard.n_rows:
                 shard.check(max(0, journal.checked_from - first))
+            self._recall(shard)
             shard.close()
             first += shard.n_rows
         if journal.n_rows > first:
@@ -318,12 +381,21 @@ class StoreWriter:
                     "or checksums than were written; check the disk, then start again with --overwrite"
                 )
             self._shard.check(max(0, journal.checked_from - first))
+            self._recall(self._shard)
             self._shard.refill()
-        self._stats = RunningStats.from_bytes(journal.stats_state, self.n_models, self.d_model)
+        self._stats = PartedStats.from_bytes(journal.stats_state, self.n_models, self.d_model)
+        self._n_first = journal.first_positions
+        if self._medians.complete:
+            self._median, self._counts = self._medians.result(), True
         # the writer before may have been killed while it wrote one of these, or behind its last row
         for name in (f".{JOURNAL}.tmp", f".{STORE_FILE}.tmp", STORE_FILE):
             (self._path / name).unlink(missing_ok=True)
         self.n_appended = self.n_acknowledged = journal.n_rows
+
+    def _recall(self, shard: OpenShard) -> None:
+        """Let rows that were written before tell the median."""
+        if self._rule.max_norm:
+            self._take_norms({name: values[: shard.n_written] for name, values in shard.columns.items()})
 
     def _current(self) -> OpenShard:
         if self._shard is None:
@@ -331,7 +403,10 @@ class StoreWriter:
         return self._shard
 
     def _open(self, index: int) -> OpenShard:
-        return OpenShard(self._file(index), self._offsets[index], self._sizes[index], self._row_bytes, self._staging)
+        path = self._file(index)
+        if not path.exists():  # full, but not yet acknowledged
+            path = temporary(self._path, index)
+        return OpenShard(path, self._offsets[index], self._sizes[index], self._row_bytes, self._staging, self.n_models)
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
@@ -346,7 +421,16 @@ class StoreWriter:
         self.commit()
         if self.n_appended != self.n_rows:
             raise ValueError(f"{self.n_appended} rows appended, but n_rows={self.n_rows}")
+        if not self._counts:
+            self._begin_to_count()
         self._meta.shards = self._done
+        self._meta.left_out = LeftOut(
+            max_norm=self._rule.max_norm,
+            median=self._median,
+            rows=self._stats.n_left_out,
+            position_0=self._n_first,
+            variance_share=self._stats.variance_share(),
+        )
         self._meta.stats = self._stats.result()
         with self._disk():
             write_json(self._path / STORE_FILE, self._meta.to_json())
@@ -386,6 +470,7 @@ class StoreWriter:
 
     def _each_shard(self, do: Callable[..., dict[str, int]]) -> list[dict[str, int]]:
         """Create or find every shard; where their data sets begin."""
+        columns = (*self._columns, NORMS)
         return [
             do(
                 self._file(index),
@@ -393,7 +478,7 @@ class StoreWriter:
                 n_models=self.n_models,
                 d_model=self.d_model,
                 dtype=self.dtype,
-                columns=self._columns,
+                columns=columns,
             )
             for index, n_rows in enumerate(self._sizes)
         ]

@@ -148,7 +148,7 @@ def test_shard_hash_covers_checksums_columns_and_metadata(tmp_path: Path) -> Non
         ("shard-00002.h5", 20),
     ]
     with h5py.File(tmp_path / "shard-00001.h5") as file:
-        names = ("crc32c", "token_ids", "sequence_ids", "positions", "roles", "sources")
+        names = ("crc32c", "token_ids", "sequence_ids", "positions", "roles", "sources", "norms")
         digest = hashlib.sha256(b"".join(file[name][:].tobytes() for name in names))
     digest.update(b'{"d_model":5,"dtype":"bfloat16","n_models":2,"n_rows":40,"schema":1}')
     assert told[1]["sha256"] == digest.hexdigest()
