@@ -93,7 +93,7 @@ def extract(
 
     config = resolve(ExtractConfig, "extract", config_file, settings, given)
     store = extract_store(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    print_result(as_json, str(store), store=store)
+    print_result(as_json, str(store), store=store, left_out=_left_out(store))
 
 
 @cli.command(cls=StageCommand)
@@ -112,10 +112,20 @@ def train(
     """
     from fastdiff.config import TrainConfig
     from fastdiff.crosscoder.train import train_seeds
+    from fastdiff.rundir import read_json
 
     config = resolve(TrainConfig, "train", config_file, settings, given)
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    print_result(as_json, "\n".join(map(str, directories)), run=out, crosscoder=directories[0], crosscoders=directories)
+    # what training found; a crosscoder of a version before it says nothing
+    left_out = read_json(directories[0] / "config.json").get("left_out")
+    print_result(
+        as_json,
+        "\n".join(map(str, directories)),
+        run=out,
+        crosscoder=directories[0],
+        crosscoders=directories,
+        left_out=left_out,
+    )
 
 
 @cli.command(cls=StageCommand)
@@ -138,7 +148,10 @@ def analyze(
     config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
     directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
     summary = read_json(directory / "summary.json")
-    shown = {key: summary[key] for key in ("classes", "specific", "never_fired", "stability", "splice", "quality")}
+    shown = {
+        key: summary.get(key)
+        for key in ("left_out", "classes", "specific", "never_fired", "stability", "splice", "quality")
+    }
     print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown)
 
 
@@ -242,6 +255,12 @@ def run(
 @click.option("--token-ids", type=EXISTING, help=".npy or .pt file with the token of each row.")
 @click.option("--sequence-ids", type=EXISTING, help=".npy or .pt file with the document of each row.")
 @click.option("--bos-token-id", type=int, help="Leave rows of this token out of training; it begins a sequence.")
+@click.option(
+    "--max-norm",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    help="Leave rows out of use whose norm is over so many times the median. 0: none. [default: 3]",
+)
 @replacing
 @shared
 def import_(
@@ -263,7 +282,7 @@ def import_(
     store = import_store(
         sources, out, ImportOptions(**given), progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite
     )
-    print_result(as_json, str(store), store=store)
+    print_result(as_json, str(store), store=store, left_out=_left_out(store))
 
 
 @cli.command()
@@ -360,6 +379,14 @@ def config_schema() -> None:
     from fastdiff.config import RunConfig
 
     click.echo(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+def _left_out(path: Path) -> dict[str, Any]:
+    """Which rows of a store are left out of use, for JSON."""
+    from fastdiff.store.reader import ActivationStore
+
+    with ActivationStore(path) as store:
+        return store.left_out_facts()
 
 
 def _terminated(_signal: int, _frame: Any) -> NoReturn:

@@ -64,6 +64,9 @@ class ExtractConfig(StageConfig):
     messages_field: str | None = Field(
         None, description="Field that holds chat messages (role, content); used instead of the text field."
     )
+    answer_field: str | None = Field(
+        None, description="Field that holds the answer; the text field is then the prompt."
+    )
     category_field: str | None = Field(
         None, description="Field that holds a document's category, kept as its source label."
     )
@@ -71,12 +74,28 @@ class ExtractConfig(StageConfig):
     max_tokens: PositiveInt = Field(1_000_000, description="Stop after this many stored tokens.")
     batch_size: PositiveInt = Field(8, description="Sequences in one forward pass.")
     skip_first: NonNegativeInt = Field(0, description="Positions at the start that are run but not stored.")
-    keep_bos: bool = Field(False, description="Store the BOS position too (its norm wrecks the statistics).")
+    keep_bos: bool = Field(False, description="Store the BOS position too; it is left out of use all the same.")
+    max_norm: float = Field(
+        3.0,
+        ge=0,
+        allow_inf_nan=False,
+        json_schema_extra=_DERIVED,
+        description="Leave rows out of use (not out of the store) whose norm is over so many times the median, and "
+        "position 0 without BOS; unless given, 6 for mlp_out and attn_out. 0: none.",
+    )
     dtype: Dtype = Field("auto", description="Precision of the forward pass; auto is the model's own.")
     store_dtype: StoreDtype = Field("bfloat16", description="Precision on disk.")
     shard_rows: PositiveInt = Field(1_000_000, description="Rows in one shard file.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
     seed: Seed = Field(0, description="Order of the documents.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fit_max_norm(cls, values: Any) -> Any:
+        # what one branch adds varies more from row to row than the stream it is added to
+        if isinstance(values, dict) and values.get("hook") in ("mlp_out", "attn_out"):
+            values = {"max_norm": 6.0, **values}
+        return values
 
 
 class TrainConfig(StageConfig):

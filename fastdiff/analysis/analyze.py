@@ -2,8 +2,8 @@
 
 <run>/analysis/
     latents.csv          one row per latent; `COLUMNS` says what each column means
-    summary.json         counts by class, quality on held-out rows, Δ_norm histogram, how many latents other seeds
-                         have too, `splice` (see there), what the columns mean
+    summary.json         counts by class, `left_out` (rows out of use besides BOS), quality on held-out rows, Δ_norm
+                         histogram, how many latents other seeds have too, `splice` (see there), what the columns mean
     firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
     examples.sqlite      see `fastdiff.analysis.examples`
 
@@ -194,6 +194,7 @@ def _analyze(
             "never_fired": int((~fired).sum()),
             "stability": stable,
             "splice": spliced,
+            "left_out": store.left_out_facts(),
             "quality": {**quality.facts(), "rows": held_out},
             "delta_norm_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "sources": [s.model_dump() for s in store.meta.sources or []],
@@ -215,7 +216,7 @@ def _analyze(
 
 
 def _usable(store: ActivationStore, n_rows: int) -> NDArray[np.int64]:
-    """Which of the first rows are not BOS."""
+    """Which of the first rows are in use."""
     rows = store.usable_rows()
     rows = np.arange(n_rows) if rows is None else rows[rows < n_rows]
     if not len(rows):

@@ -33,7 +33,8 @@ class Document:
     Attributes:
         number: Its sequence id.
         ids: (T,) int64 token ids; -1 where the store does not know.
-        rows: (T,) int64 row of each position, -1 for a position without a row and for BOS.
+        rows: (T,) int64 row of each position, -1 for a position without a row and for rows that are left out of use
+            (BOS, sinks).
     """
 
     number: int

@@ -1,6 +1,7 @@
 """How good a crosscoder is on rows it may not have seen.
 
     fve_m         1 - Σ‖e_m‖² / Σ‖x̃_m - mean‖², e_m = x̃_m - x̂_m; the same per group of rows, about the group's own mean
+    fve_all_m     the same with the rows that are left out of use (sinks), about the mean of all; BOS stays out
     cosine_m      mean of ⟨x̃_m, x̂_m⟩ / (‖x̃_m‖·‖x̂_m‖), 0 where x̂_m = 0
     norm_ratio_m  mean of ‖x̂_m‖ / ‖x̃_m‖
     bias_m        Σ‖x̂_m‖² / Σ⟨x̃_m, x̂_m⟩: x̂_m divided by it would be nearest to x̃_m, so below 1 it is too short
@@ -63,6 +64,7 @@ class Quality:
 
     n_rows: int
     fve: list[float]  # per model; NaN for fewer than 2 rows and for a model that does not vary
+    fve_all: list[float]  # per model, with rows that are left out of use; `fve` where there are none
     fve_pooled: float  # the sums of all models together
     l0_mean: float  # latents that fire on a row
     l0_p5: float  # percentiles over rows, linear between two
@@ -91,7 +93,11 @@ def l0_gap(quality: Quality) -> float:
 
 @torch.no_grad()
 def evaluate(
-    crosscoder: Crosscoder, batches: Iterable[Batch], group_names: Mapping[str, Sequence[str]] | None = None
+    crosscoder: Crosscoder,
+    batches: Iterable[Batch],
+    group_names: Mapping[str, Sequence[str]] | None = None,
+    *,
+    left_out: Iterable[Tensor] = (),
 ) -> Quality:
     """Measure a crosscoder, changing nothing of it.
 
@@ -101,6 +107,7 @@ def evaluate(
             grouping, the number of each row's group. Only `train_l0` depends on how rows are split into batches:
             BatchTopK takes the B·k largest positive scores of each, the others what they take at inference.
         group_names: By grouping ("source", "role"), the names of its groups, in the order of their numbers.
+        left_out: Stored activations of rows that only `fve_all` looks at.
 
     Returns:
         Quality.
@@ -117,7 +124,10 @@ def evaluate(
     for batch in batches:
         stored, codes = batch if isinstance(batch, tuple) else (batch, {})
         sums.add(stored, _members(len(stored), codes, names).to(sums.total.device))
-    return sums.quality(names)
+    others = _Sums(crosscoder, 1)
+    for stored in left_out:
+        others.add(stored, torch.ones(len(stored), 1, dtype=torch.float64, device=others.total.device))
+    return sums.quality(names, others)
 
 
 class _Sums:
@@ -161,8 +171,8 @@ class _Sums:
             self.statistics += by_group @ _statistics(x, out.double()).flatten(1)
         self.taken += positive.clamp(max=wanted)
 
-    def quality(self, names: dict[str, list[str]]) -> Quality:
-        """What the sums say.
+    def quality(self, names: dict[str, list[str]], others: "_Sums") -> Quality:
+        """What the sums say; `others` are those of rows that are left out of use.
 
         Raises:
             InputError: A row held NaN or infinity.
@@ -186,6 +196,7 @@ class _Sums:
         return Quality(
             n_rows=rows,
             fve=everything.fve,
+            fve_all=self._fve_with(others),
             fve_pooled=everything.fve_pooled,
             l0_mean=everything.l0_mean,
             l0_p5=l0[0],
@@ -201,6 +212,27 @@ class _Sums:
             bias=(output[0] / overlap[0]).tolist(),
             groups={grouping: {name: next(of_group) for name in of} for grouping, of in names.items()},
         )
+
+    def _fve_with(self, others: "_Sums") -> list[float]:
+        """FVE per model on the rows of both.
+
+        Raises:
+            InputError: A row of the others held NaN or infinity.
+        """
+        n, active, total, statistics = (
+            (mine[0] + theirs[0]).cpu()
+            for mine, theirs in (
+                (self.n, others.n),
+                (self.active, others.active),
+                (self.total, others.total),
+                (self.statistics, others.statistics),
+            )
+        )
+        M, D = self._crosscoder.b_dec.shape
+        squares, errors = statistics.view(M, _N_STATISTICS).T[:2]
+        if not bool(squares.isfinite().all()):
+            raise InputError("an activation to evaluate on is NaN or infinite; extract the store again")
+        return _group(n, total.view(M, D), squares, errors, active).fve
 
 
 def _statistics(x: Tensor, out: Tensor) -> Tensor:

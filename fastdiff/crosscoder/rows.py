@@ -19,6 +19,7 @@ class EvaluationRows:
 
     store: ActivationStore
     numbers: NDArray[np.int64]
+    left_out: NDArray[np.int64]  # as large a share of the rows there that are left out of use, though not BOS
     name: Literal["held-out", "training"]
     groups: dict[str, tuple[NDArray[Any], list[str]]]  # by grouping: the group of each row, and the groups' names
 
@@ -29,7 +30,8 @@ class EvaluationRows:
             InputError: A row holds NaN or infinity, or is not what was written.
         """
         names = {grouping: of for grouping, (_, of) in self.groups.items()}
-        return evaluate(crosscoder, self._batches(batch_size, check_crc), names)
+        left_out = row_batches(self.store, self.left_out, batch_size, check_crc=check_crc)
+        return evaluate(crosscoder, self._batches(batch_size, check_crc), names, left_out=left_out)
 
     def _batches(self, batch_size: int, check_crc: bool) -> Iterator[Batch]:
         at = 0
@@ -40,14 +42,19 @@ class EvaluationRows:
 
 
 def evaluation_rows(store: ActivationStore, holdout: float, most: int | None = None) -> EvaluationRows:
-    """The held-out rows, or all where none are held out, without BOS; at most so many, evenly spread."""
+    """The held-out rows in use, or all where none are held out; at most so many, evenly spread."""
     start = store.n_train(holdout)
     held_out = start < store.n_rows
     rows = np.arange(start if held_out else 0, store.n_rows, dtype=np.int64)
     usable = store.usable_rows()
+    left_out = rows[:0]
     if usable is not None:
+        parts = store.left_out()
+        left_out = rows[(parts.sinks | parts.first)[rows]]
         rows = np.intersect1d(rows, usable)
-    rows = spread_rows(rows, most or len(rows))
+    if most is not None and most < len(rows):
+        left_out = spread_rows(left_out, -(-len(left_out) * most // len(rows)))
+        rows = spread_rows(rows, most)
     # numbered: two data sets may have the same name, and one may have several categories
     sources = [f"{i} {s.category or s.dataset}" for i, s in enumerate(store.meta.sources or [])]
     groups = {}
@@ -55,7 +62,7 @@ def evaluation_rows(store: ActivationStore, holdout: float, most: int | None = N
         codes = store.column(column) if names else None
         if codes is not None:
             groups[grouping] = (codes[rows], names)
-    return EvaluationRows(store, rows, "held-out" if held_out else "training", groups)
+    return EvaluationRows(store, rows, left_out, "held-out" if held_out else "training", groups)
 
 
 def spread_rows(rows: int | NDArray[np.int64], most: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from fastdiff.crosscoder.inputs import input_names, input_stats, n_inputs
 from fastdiff.crosscoder.loop import Member, run_steps
 from fastdiff.crosscoder.metrics import Quality, l0_gap
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.crosscoder.rows import evaluation_rows, row_batches, spread_rows
+from fastdiff.crosscoder.rows import EvaluationRows, evaluation_rows, row_batches, spread_rows
 from fastdiff.crosscoder.saved import CONFIG, MODEL, save_crosscoder
 from fastdiff.crosscoder.structure import structure_of
 from fastdiff.crosscoder.threshold import calibrated_threshold
@@ -112,7 +112,11 @@ def _train(
 ) -> None:
     """Train all of these together."""
     config = configs[0]
+    if store.must_be_measured:
+        progress.say(f"train: {store.path} has no column norms; its rows are measured")
     rows = _training_rows(store, config)
+    if (left_out := store.left_out_line()) is not None:
+        progress.say(f"train: {left_out}")
     device = resolve_device(config.device)
     targets = [directory_of(run, one.seed) for one in configs]
     for target in targets:
@@ -217,7 +221,7 @@ def _finish(
     facts = {"rows": held_out.name, "l0_gap": l0_gap(quality), **quality.facts()}
     events.write("evaluate", step=config.steps, seed=config.seed, **facts)
     member.trackers.log(config.steps, {"evaluate": facts})
-    _report(quality, held_out.name, config, progress)
+    _report(quality, held_out, config, progress)
 
 
 def _save(member: Member, store: ActivationStore, shuffler: Shuffler, inputs: dict[str, str]) -> None:
@@ -226,6 +230,7 @@ def _save(member: Member, store: ActivationStore, shuffler: Shuffler, inputs: di
         "train": member.config.identity(),
         "store_sha256": inputs["store"],
         "n_train": shuffler.n_rows,
+        "left_out": store.left_out_facts(),
         "pool_rows": shuffler.pool_rows,
         "micro_batch": member.micro_batch,
         "steps": member.config.steps,
@@ -253,7 +258,7 @@ def _refuse_other(target: Path, settings: dict[str, Any], inputs: dict[str, str]
 
 
 def _training_rows(store: ActivationStore, config: TrainConfig) -> int | NDArray[np.int64]:
-    """Rows to train on, not held out and not BOS: how many from the first on, or their numbers."""
+    """Rows to train on, not held out and not left out of use: how many from the first on, or their numbers."""
     n_train = store.n_train(config.holdout)
     usable = store.usable_rows()
     rows = n_train if usable is None else usable[usable < n_train]
@@ -294,11 +299,12 @@ def _shuffle_facts(shuffler: Shuffler) -> dict[str, Any]:
     }
 
 
-def _report(quality: Quality, rows_name: str, config: TrainConfig, progress: Progress) -> None:
-    fve = ", ".join(f"{v:.3f}" for v in quality.fve)
+def _report(quality: Quality, rows: EvaluationRows, config: TrainConfig, progress: Progress) -> None:
+    fve, fve_all = (", ".join(f"{v:.3f}" for v in values) for values in (quality.fve, quality.fve_all))
+    with_all = f" ({fve_all} with the {len(rows.left_out):,} left out of use)" if len(rows.left_out) else ""
     of = f"seed {config.seed}, " if config.seed else ""
     progress.say(
-        f"train: {of}fve {fve} on {quality.n_rows:,} {rows_name} rows, l0 {quality.l0_mean:.1f} "
+        f"train: {of}fve {fve} on {quality.n_rows:,} {rows.name} rows{with_all}, l0 {quality.l0_mean:.1f} "
         f"({quality.l0_p5:.0f} to {quality.l0_p95:.0f}), {quality.dead_fraction:.1%} of latents silent there"
     )
     gap = l0_gap(quality)

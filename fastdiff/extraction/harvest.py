@@ -62,6 +62,7 @@ from fastdiff.extraction.vocabulary import display_strings
 from fastdiff.progress import SILENT, Progress
 from fastdiff.rundir import canonical_json, locked, sha256_file, sha256_text, versions, write_text
 from fastdiff.store.format import VOCABULARY_FILE
+from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -200,6 +201,9 @@ def _harvest(config: ExtractConfig, out: Path, progress: Progress, resume: bool)
                 clear(out)
             raise
         finish(out)
+    with ActivationStore(out) as store:
+        if (left_out := store.left_out_line()) is not None:
+            progress.say(left_out)
 
 
 def _write(
@@ -224,6 +228,7 @@ def _write(
         shard_rows=config.shard_rows,
         meta={**plan.meta, "vocabulary_sha256": sha256_file(vocabulary)},
         resume=resume,
+        max_norm=config.max_norm,
     ) as writer:
         first = _resumed_at(sequences, config.batch_size, writer.n_appended)
         if writer.n_appended:

@@ -25,6 +25,7 @@ from fastdiff.rundir import canonical_json, fsync_directory, read_json, sha256_f
 from fastdiff.store.directory import remove_store
 from fastdiff.store.format import STORE_FILE, VOCABULARY_FILE, StoreMeta
 from fastdiff.store.journal import JOURNAL
+from fastdiff.store.left_out import default_max_norm
 from fastdiff.store.reader import ActivationStore
 
 _MARK = ".extracting"
@@ -186,6 +187,9 @@ def _require_same(out: Path, meta: StoreMeta, config: ExtractConfig) -> None:
         raise OptionError(f"{out}: holds a store that `fastdiff extract` did not make; choose another -o")
     for name, value in config.model_dump(mode="json").items():
         had = meta.config.get(name)
+        # a store from before the option is held against the default rule whenever it is used
+        if name == "max_norm" and name not in meta.config:
+            had = default_max_norm(config.hook)
         if had != value:
             option = "--" + name.replace("_", "-")
             raise OptionError(

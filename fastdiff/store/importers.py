@@ -22,6 +22,7 @@ from fastdiff.store.directory import disk_errors, lock_directory
 from fastdiff.store.format import COLUMNS, STORE_FILE, DtypeName
 from fastdiff.store.import_sources import Source, open_source, read_integers
 from fastdiff.store.journal import JOURNAL
+from fastdiff.store.left_out import default_max_norm
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.verify_columns import torn_sequence
 from fastdiff.store.writer import StoreWriter
@@ -43,6 +44,7 @@ class ImportOptions:
         token_ids: .npy or .pt with the token of each row.
         sequence_ids: .npy or .pt with the document of each row.
         bos_token_id: Rows with this token are not trained on, and begin a sequence if nothing else says so.
+        max_norm: Rows whose norm is over so many times the median are left out of use; 0 for none.
     """
 
     names: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ class ImportOptions:
     token_ids: Path | None = None
     sequence_ids: Path | None = None
     bos_token_id: int | None = None
+    max_norm: float = 3.0
 
 
 def import_store(
@@ -102,6 +105,7 @@ def import_store(
         meta=meta,
         columns=tuple(name for name in COLUMNS if name in columns),
         resume=resume and not overwrite,
+        max_norm=options.max_norm,
     ) as writer:
         block = max(32, _BLOCK_BYTES // (n_models * d_model * 4) // 32 * 32)
         first = writer.n_appended
@@ -120,6 +124,9 @@ def import_store(
                     writer.discard()
                     raise
                 task.advance(stop - start)
+    with ActivationStore(out) as store:
+        if (left_out := store.left_out_line()) is not None:
+            progress.say(left_out)
     return out
 
 
@@ -289,7 +296,9 @@ def _is_complete(out: Path, meta: dict[str, Any], *, resume: bool, overwrite: bo
     if not resume:
         raise OptionError(f"{out}: holds a store; --overwrite replaces it")
     with ActivationStore(out) as store:
-        if store.meta.config != meta["config"]:
+        # a store from before the option is held against the default rule whenever it is used
+        had = store.meta.config and {"max_norm": default_max_norm(None), **store.meta.config}
+        if had != meta["config"]:
             raise OptionError(
                 f"{out}: holds a store made from other sources or with other options; choose another -o, "
                 "or --overwrite to replace it"

@@ -69,6 +69,11 @@ def disagreements(path: Path, meta: StoreMeta, shards: Sequence[ShardIndex]) -> 
         n_rows = told.get(shard.path.name, shard.n_rows)
         if n_rows != shard.n_rows:
             yield f"{shard.path}: {shard.n_rows} rows, but {STORE_FILE} says {n_rows}; extract it again"
+    if meta.left_out is not None:
+        for name in ("median", "variance_share"):
+            values = getattr(meta.left_out, name)
+            if values is not None and len(values) != first.n_models:
+                yield f"{path}: {name} of left_out in {STORE_FILE} is not for {first.n_models} models; extract it again"
     if meta.stats is not None:
         shape = (len(meta.stats.mean), {len(row) for row in meta.stats.mean})
         sizes = {len(meta.stats.variance), len(meta.stats.mean_norm), first.n_models}

@@ -275,14 +275,17 @@ class ActivationStore:
         Raises:
             InputError: There are no usable rows, or a value is NaN or infinite, where that must be measured.
         """
-        usable = self.stats().n_rows
         if self._found().variance_share is None:
             self._compute_stats()
         found = self._found()
+        if self._recorded() is None:
+            usable = int(np.count_nonzero(self._why_left_out() == USED))
+        else:
+            usable = 0 if self.meta.stats is None else self.meta.stats.n_rows
         rows = found.rows or 0
         return {
             **found.model_dump(include={"max_norm", "median", "rows", "position_0", "variance_share"}),
-            "share": rows / (rows + usable),
+            "share": rows / max(1, rows + usable),
             "usable": usable,
             "from": "measured" if self._recorded() is None else STORE_FILE,
         }

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fastdiff.errors import InputError
-from fastdiff.store.format import COLUMNS, bfloat16_type
+from fastdiff.store.format import COLUMNS, NORMS, bfloat16_type
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.verify import verify_store
 from fastdiff.store.writer import StoreWriter
@@ -46,7 +46,7 @@ def make_store(path: Path, layout: str) -> None:
     meta = {"models": ["a", "b"], "roles": ["text", "bos"], "sources": [{"dataset": "d"}, {"dataset": "e"}]}
     shard_rows = 64 if layout == "contiguous" else N
     with StoreWriter(
-        path, n_rows=N, n_models=M, d_model=D, dtype="bfloat16", shard_rows=shard_rows, meta=meta
+        path, n_rows=N, n_models=M, d_model=D, dtype="bfloat16", shard_rows=shard_rows, meta=meta, max_norm=1.2
     ) as writer:
         writer.append(torch.randn(N, M, D, generator=torch.Generator().manual_seed(0)), **columns)
     if layout == "contiguous":
@@ -60,12 +60,12 @@ def rewrite(file: Path, how: dict[str, Any], libver: str | None) -> None:
     with h5py.File(file) as old:
         bits = np.empty(old["activations"].shape, np.uint16)
         old["activations"].id.read(h5py.h5s.ALL, h5py.h5s.ALL, bits, mtype=kind)
-        others = {name: old[name][:] for name in (*COLUMNS, "crc32c")}
+        others = {name: old[name][:] for name in (*COLUMNS, NORMS, "crc32c")}
     with h5py.File(file, "w", libver=libver) as new:
         made = new.create_dataset("activations", bits.shape, h5py.Datatype(kind), **how)
         made.id.write(h5py.h5s.ALL, h5py.h5s.ALL, bits, mtype=kind)
         for name, values in others.items():
-            new.create_dataset(name, data=values, chunks=(len(values),) if "chunks" in how else None)
+            new.create_dataset(name, data=values, chunks=values.shape if "chunks" in how else None)
 
 
 def mutate(rng: np.random.Generator, data: bytes) -> bytes:
@@ -121,7 +121,7 @@ def content(path: Path) -> Content:
     with ActivationStore(path) as store:
         rows = store.slice(0, store.n_rows)
         store.explain()
-        return rows.view(torch.uint8), {name: store.column(name) for name in COLUMNS}
+        return rows.view(torch.uint8), {name: store.column(name) for name in (*COLUMNS, NORMS)}
 
 
 def same(found: Content, wanted: Content) -> bool:
