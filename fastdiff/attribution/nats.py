@@ -28,11 +28,14 @@ from torch import Tensor
 
 from fastdiff.crosscoder.inputs import chosen_models
 from fastdiff.crosscoder.model import Crosscoder
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import FastdiffError, OptionError
+from fastdiff.extraction.models import one_line
 from fastdiff.kernels import ops
+from fastdiff.memory import is_out_of_memory
 from fastdiff.patching.documents import Batch
 from fastdiff.patching.halves import UpperHalf
 from fastdiff.patching.opening import Target, check_same
+from fastdiff.patching.refusal import CannotRun
 from fastdiff.store.reader import ActivationStore
 
 # float32 pre-activations that exist at a time
@@ -122,16 +125,51 @@ class Scoring(NamedTuple):
         return means
 
 
-def cross_entropies(pair: Pair, batch: Batch, scored: Sequence[NDArray[np.bool_]]) -> NDArray[np.float64]:
-    """(B, 2) of base and tuned, by their plain forward passes."""
+def cross_entropies(
+    pair: Pair, batch: Batch, scored: Sequence[NDArray[np.bool_]], names: Sequence[str]
+) -> NDArray[np.float64]:
+    """(B, 2) of base and tuned, by their plain forward passes; the arguments are those of `measure`.
+
+    Raises:
+        FastdiffError: One is NaN or infinite.
+    """
     ids, mask = _inputs(batch, pair.device)
     scoring = Scoring.of(batch, scored, pair.device)
     found = []
     with torch.no_grad():
         for side in pair.sides:
             hidden = side.upper.halves.hidden(ids, mask)
-            found.append(scoring.mean(side.upper.halves.losses(hidden[scoring.where], scoring.targets)))
+            found.append(_mean_loss(side, scoring, hidden, names))
     return np.stack(found, axis=1)
+
+
+def try_out(pair: Pair, batch: Batch, scored: Sequence[NDArray[np.bool_]]) -> None:
+    """See on a batch whether both models can be run on from the hook, and differentiated.
+
+    Raises:
+        CannotRun: One cannot, or only in part.
+    """
+    ids, mask = _inputs(batch, pair.device)
+    scoring = Scoring.of(batch, scored, pair.device)
+    for side in pair.sides:
+        name, upper = side.target.source.name, side.upper
+        try:
+            upper.check(ids, mask)
+        except OptionError as error:
+            raise CannotRun(f"{name}: {error}", "extract it with --hook resid_post") from error
+        h = upper.read(ids, mask)[0].float().requires_grad_(True)
+        states = upper.go_on(h)[scoring.where]
+        try:
+            to_states = upper.halves.loss_gradient(states, scoring.targets, scoring.weights)
+            torch.autograd.grad(states, h, to_states)
+        except OptionError as error:
+            raise CannotRun(f"{name}: {error}", "the other stages do not need that") from error
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise CannotRun(
+                f"{name}: has no gradient ({one_line(error)})", "try --dtype float32 or --device cpu"
+            ) from error
 
 
 def measure(
@@ -228,7 +266,7 @@ def _mean_loss(side: Side, scoring: Scoring, hidden: Tensor, names: Sequence[str
 
 
 def _gradient(pair: Pair, scoring: Scoring, h_b: Tensor, h_t: Tensor, steps: int, names: Sequence[str]) -> Tensor:
-    """g [B, T, D] float32; see the module."""
+    """The gradient g [B, T, D] in float32; see the module."""
     total = torch.zeros_like(h_b)
     for side in pair.sides:
         halves = side.upper.halves

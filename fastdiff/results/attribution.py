@@ -215,6 +215,32 @@ def read_attribution(directory: Path) -> Attribution:
     return Attribution(summary, DocumentTable(**{name: columns[name] for name in names}), nats)
 
 
+def category_means(found: Attribution) -> dict[str, dict[str, Any]]:
+    """Means over the documents of each category, in nats per scored token.
+
+    Returns:
+        By category: `B` over all its documents; over those with nats `L`, `left_out`, `bos`, and a value per seed of
+        `V` (latents + offset), `latents`, `offset` and `error`. Empty where nothing was checked.
+    """
+    table = found.documents
+    if table is None:
+        return {}
+    means: dict[str, dict[str, Any]] = {}
+    for code, name in enumerate(found.summary.categories):
+        mine = table.category == code
+        traced = mine & table.has_nats
+        by_seed = {part: getattr(table, part)[:, traced].mean(axis=1) for part in ("latents", "offset", "error")}
+        by_seed = {"V": by_seed["latents"] + by_seed["offset"], **by_seed}
+        means[name] = {
+            "B": float((table.ce[mine, 0] - table.ce[mine, 1]).mean()),
+            "L": float(table.layer[traced].mean()),
+            "left_out": float(table.left_out[traced].mean()),
+            "bos": float(table.bos[traced].mean()),
+            **{part: values.tolist() for part, values in by_seed.items()},
+        }
+    return means
+
+
 def _load(directory: Path, name: str) -> dict[str, NDArray[Any]]:
     try:
         return load_file(directory / name)
