@@ -238,8 +238,8 @@ def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> N
 @replacing
 @configured
 def run(
-    out: Path, attribute: bool | None, resume: bool, overwrite: bool, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
-    quiet: bool, progress_mode: Any,
+    out: Path, attribute: bool | None, resume: bool, overwrite: bool, config_file: Path | None,
+    settings: tuple[str, ...], as_json: bool, quiet: bool, progress_mode: Any,
 ) -> None:  # fmt: skip
     """Go the whole road from one configuration file.
 
