@@ -45,7 +45,8 @@ def cli() -> None:
     fastdiff demo                                      see it work, offline
     fastdiff extract --base A --tuned B --dataset texts.jsonl -o acts/
     fastdiff train acts/ -o run/
-    fastdiff analyze run/ && fastdiff annotate run/ && fastdiff compare run/ && fastdiff report run/
+    fastdiff attribute run/ && fastdiff analyze run/ && fastdiff annotate run/
+    fastdiff compare run/ && fastdiff report run/
     """
 
 
@@ -116,6 +117,30 @@ def train(
     config = resolve(TrainConfig, "train", config_file, settings, given)
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     print_result(as_json, "\n".join(map(str, directories)), run=out, crosscoder=directories[0], crosscoders=directories)
+
+
+@cli.command(cls=StageCommand)
+@click.argument("run", type=EXISTING_DIRECTORY)
+@click.option("--store", type=EXISTING, help="The store, if it has moved since training.")
+@configured
+def attribute(
+    run: Path, store: Path | None, config_file: Path | None, settings: tuple[str, ...], as_json: bool, quiet: bool,
+    progress_mode: Any, **given: Any,
+) -> None:  # fmt: skip
+    """Run the models of RUN again: what got better and worse, and how much of it by which latent.
+
+    \b
+    fastdiff attribute run/
+    """
+    from fastdiff.attribution.attribute import attribute as attribute_run
+    from fastdiff.config import AttributeConfig
+    from fastdiff.results.attribution import category_means, read_attribution
+
+    config = resolve(AttributeConfig, "attribute", config_file, settings, given)
+    directory = attribute_run(run, config, progress_of(progress_mode, quiet), store_path=store)
+    found = read_attribution(directory)
+    facts = {key: value for key, value in found.summary.model_dump(by_alias=True).items() if key != "schema"}
+    print_result(as_json, str(directory), attribution=directory, **facts, means=category_means(found))
 
 
 @cli.command(cls=StageCommand)
@@ -207,11 +232,14 @@ def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> N
 
 @cli.command()
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Run directory to create or continue.")
+@click.option(
+    "--attribute/--no-attribute", default=None, help="Run the models again, for behaviour and nats; else the file says."
+)
 @replacing
 @configured
 def run(
-    out: Path, resume: bool, overwrite: bool, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
-    quiet: bool, progress_mode: Any,
+    out: Path, attribute: bool | None, resume: bool, overwrite: bool, config_file: Path | None,
+    settings: tuple[str, ...], as_json: bool, quiet: bool, progress_mode: Any,
 ) -> None:  # fmt: skip
     """Go the whole road from one configuration file.
 
@@ -223,6 +251,8 @@ def run(
     from fastdiff.pipeline import run_pipeline
     from fastdiff.rundir import read_json
 
+    if attribute is not None:
+        settings = (*settings, f"attribute.enabled={str(attribute).lower()}")
     config = resolve(RunConfig, None, config_file, settings, {})
     path = run_pipeline(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     verdict = read_json(out / "compare" / "statistics.json")["verdict"]

@@ -50,7 +50,8 @@ class StageCommand(click.Command):
         """All parameters."""
         if not self._complete:
             self._complete = True
-            self.params += [_option(name, field) for name, field in _model(str(self.name)).model_fields.items()]
+            fields = _model(str(self.name)).model_fields.items()
+            self.params += [_option(name, field) for name, field in fields if not _of_run(field)]
         return super().get_params(ctx)
 
 
@@ -59,6 +60,11 @@ def _model(stage: str) -> "type[StageConfig]":
 
     found: type[StageConfig] = getattr(config, f"{stage.capitalize()}Config")
     return found
+
+
+def _of_run(field: "FieldInfo") -> bool:
+    """Whether a field says if `fastdiff run` takes the stage, which the stage's own command does not ask."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("of_run"))
 
 
 def _option(name: str, field: "FieldInfo") -> click.Option:
@@ -132,7 +138,7 @@ def resolve(
     """Merge defaults, the file's section, given options and --set, and check the whole."""
     import yaml
 
-    from fastdiff.config import validated
+    from fastdiff.config import RunConfig, validated
 
     values: dict[str, Any] = {}
     if config_file is not None:
@@ -143,7 +149,7 @@ def resolve(
         if not isinstance(loaded, dict):
             raise click.UsageError(f"{config_file}: expected sections, found {type(loaded).__name__}")
         for name, fields in loaded.items():
-            if name not in ("extract", "train", "analyze", "annotate", "compare"):
+            if name not in RunConfig.model_fields:
                 raise click.UsageError(f"{config_file}: unknown section {name!r}")
             # a section whose every line is a comment is None
             if not isinstance(fields, dict | None):
