@@ -62,15 +62,14 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
     fastdiff demo
     """
     from fastdiff.demo.demo import run_demo
-    from fastdiff.rundir import read_json
 
     result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small)
-    verdict = read_json(out / "compare" / "statistics.json")["verdict"]
+    lines, facts = _verdict(out / "compare")
     print_result(
         as_json,
-        "\n".join([*verdict, f"planted truth: {result.sentence}", f"report: {result.report}"]),
+        "\n".join([*lines, f"planted truth: {result.sentence}", f"report: {result.report}"]),
         report=result.report,
-        verdict=verdict,
+        **facts,
         recovered=result.n_recovered,
         planted=result.n_planted,
     )
@@ -195,7 +194,7 @@ def compare(
     runs: tuple[Path, ...], out: Path | None, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
     quiet: bool, progress_mode: Any, **given: Any,
 ) -> None:  # fmt: skip
-    """Say which categories were gained and lost, in one run or between two with the same base.
+    """Decide which categories were gained and lost, in one run or between two with the same base.
 
     \b
     fastdiff compare run/
@@ -203,7 +202,6 @@ def compare(
     """
     from fastdiff.comparison.compare import compare as compare_runs
     from fastdiff.config import CompareConfig
-    from fastdiff.rundir import read_json
 
     if len(runs) == 1 and out is not None and out.resolve() != runs[0].resolve():
         raise click.UsageError("one run is compared in place; -o is for two runs")
@@ -211,8 +209,17 @@ def compare(
         raise click.UsageError("two runs need -o, a directory for the comparison")
     config = resolve(CompareConfig, "compare", config_file, settings, given)
     directory = compare_runs(list(runs), out or runs[0], config, progress_of(progress_mode, True))
-    verdict = read_json(directory / "statistics.json")["verdict"]
-    print_result(as_json, "\n".join(verdict), categories=directory / "categories.csv", verdict=verdict)
+    lines, facts = _verdict(directory)
+    print_result(as_json, "\n".join(lines), categories=directory / "categories.csv", **facts)
+
+
+def _verdict(directory: Path) -> tuple[list[str], dict[str, Any]]:
+    """What a comparison found: a line per sentence and category for people, and all of it for scripts."""
+    from fastdiff.results.verdict import lines, read
+
+    found = read(directory / "verdict.json")
+    facts = found.model_dump(by_alias=True, exclude={"schema_"})
+    return lines(found), facts
 
 
 @cli.command()
@@ -249,14 +256,13 @@ def run(
     """
     from fastdiff.config import RunConfig
     from fastdiff.pipeline import run_pipeline
-    from fastdiff.rundir import read_json
 
     if attribute is not None:
         settings = (*settings, f"attribute.enabled={str(attribute).lower()}")
     config = resolve(RunConfig, None, config_file, settings, {})
     path = run_pipeline(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    verdict = read_json(out / "compare" / "statistics.json")["verdict"]
-    print_result(as_json, "\n".join([*verdict, f"report: {path}"]), report=path, verdict=verdict)
+    lines, facts = _verdict(out / "compare")
+    print_result(as_json, "\n".join([*lines, f"report: {path}"]), report=path, **facts)
 
 
 @cli.command("import")

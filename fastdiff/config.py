@@ -334,10 +334,18 @@ class AnnotateConfig(StageConfig):
 
 
 class CompareConfig(StageConfig):
-    """How category differences are tested."""
+    """How changes are decided and category differences are tested."""
 
     alpha: float = Field(0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
+    tau: float = Field(
+        0.05, gt=0, allow_inf_nan=False, description="Smallest change that counts as one, in nats per scored token."
+    )
+    null: str | None = Field(
+        None,
+        description="Run directory of two models that differ by nothing that counts, such as base trained further on "
+        "its own data; a change must exceed what that run shows.",
+    )
 
 
 class RunConfig(StageConfig):

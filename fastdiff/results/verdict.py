@@ -151,3 +151,34 @@ def read(path: Path) -> VerdictFile:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {place}: {first['msg']}; run `fastdiff compare` again") from error
+
+
+def lines(file: VerdictFile) -> list[str]:
+    """The whole verdict as text: of each comparison its sentences, then a line per category.
+
+    A category's line has B, L and V in nats per scored token with the interval of B and V, and the signs of V over the
+    crosscoder seeds.
+    """
+    found = []
+    for comparison in file.comparisons:
+        found.append(f"{comparison.name}: {' '.join(comparison.sentences)}")
+        if comparison.state == "not checked" and comparison.remedy:
+            found.append(f"  to check it: {comparison.remedy}")
+        width = max((len(row.category) for row in comparison.rows), default=0)
+        words = [row.verdict if row.change == "none" else f"{row.change}, {row.verdict}" for row in comparison.rows]
+        room = max(map(len, words), default=0)
+        for row, word in zip(comparison.rows, words, strict=True):
+            reason = f"; {row.reason}" if row.reason else ""
+            numbers = ""
+            if row.B is not None and row.L is not None and row.V is not None:
+                numbers = f"  B {_range(row.B)}  L {_nats(row.L.mean)}  V {_range(row.V)} {row.signs}"
+            found.append(f"  {row.category:{width}}  {word:{room}}{numbers}{reason}")
+    return found
+
+
+def _nats(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def _range(of: Estimate) -> str:
+    return f"{_nats(of.mean)} [{_nats(of.low)} {_nats(of.high)}]"
