@@ -118,20 +118,41 @@ def written(crosscoder: Crosscoder) -> Tensor:
     return crosscoder.W_dec[:, 1] / crosscoder.input_scale[1] - crosscoder.W_dec[:, 0] / crosscoder.input_scale[0]
 
 
-def document_ids(store: ActivationStore, numbers: NDArray[np.int64], bos: int | None) -> list[Tensor]:
-    """Token ids (1, T) of documents of a store, with the BOS token that was not stored."""
+@dataclass(frozen=True)
+class Read:
+    """A document as the models read it.
+
+    Attributes:
+        ids: (1, T) token ids.
+        used: (T, 1) 1 where the crosscoder is used, 0 at BOS and at rows that are left out of use.
+    """
+
+    ids: Tensor
+    used: Tensor
+
+
+def read_again(store: ActivationStore, numbers: NDArray[np.int64], bos: int | None) -> list[Read]:
+    """Documents of a store, with the BOS token that was not stored.
+
+    Raises:
+        SystemExit: The store lacks positions of one.
+    """
     columns = (store.column(name) for name in ("token_ids", "sequence_ids", "positions"))
     ids, of, positions = (column for column in columns if column is not None)
+    usable, chosen = np.ones(store.n_rows, bool), store.usable_rows()
+    if chosen is not None:
+        usable[:] = False
+        usable[chosen] = True
     found = []
     for number in numbers:
         rows = np.flatnonzero(of == number)
         rows = rows[np.argsort(positions[rows])]
-        own = ids[rows].astype(np.int64)
+        own, used = ids[rows].astype(np.int64), usable[rows]
         if positions[rows[0]] == 1 and bos is not None:
-            own = np.r_[bos, own]
+            own, used = np.r_[bos, own], np.r_[False, used]
         if len(own) != positions[rows[-1]] + 1:
             raise SystemExit(f"{store.path}: document {number} lacks positions")
-        found.append(torch.from_numpy(own)[None])
+        found.append(Read(torch.from_numpy(own)[None], torch.from_numpy(used).float()[:, None]))
     return found
 
 
@@ -194,20 +215,22 @@ def patch(
             inside = np.flatnonzero(of.category == of.categories.index(category))
             chosen_on, patched_in = inside[::2], inside[1::2]
             mass = np.zeros(crosscoder.dict_size)
-            for ids in document_ids(store, of.document[chosen_on], tokenizer.bos_token_id):
-                _, h_base = scored(base, layer, ids)
-                _, h_tuned = scored(tuned, layer, ids)
-                mass += (activations(crosscoder, h_base[0], h_tuned[0]) * norms).double().sum(dim=0).numpy()
+            for one in read_again(store, of.document[chosen_on], tokenizer.bos_token_id):
+                _, h_base = scored(base, layer, one.ids)
+                _, h_tuned = scored(tuned, layer, one.ids)
+                f = activations(crosscoder, h_base[0], h_tuned[0]) * one.used
+                mass += (f * norms).double().sum(dim=0).numpy()
             own = np.array([j in labels and labels[j].category == category for j in range(crosscoder.dict_size)])
             sign = float(np.sign(of.layer[chosen_on].mean()))
             sets = choose(nats[chosen_on].mean(axis=0), sign, mass, delta, own, count, np.random.default_rng(0))
             effects: dict[str, list[float]] = {name: [] for name in sets}
             changes = []
-            for ids in document_ids(store, of.document[patched_in], tokenizer.bos_token_id):
+            for one in read_again(store, of.document[patched_in], tokenizer.bos_token_id):
+                ids = one.ids
                 ce_base, h_base = scored(base, layer, ids)
                 ce_tuned, h_tuned = scored(tuned, layer, ids)
                 changes.append(ce_base - ce_tuned)
-                f = activations(crosscoder, h_base[0], h_tuned[0])
+                f = activations(crosscoder, h_base[0], h_tuned[0]) * one.used
                 for name, choices in sets.items():
                     for latents in map(torch.from_numpy, choices):
                         difference = (f[:, latents] @ writes[latents])[None]
