@@ -225,6 +225,30 @@ def test_stores_of_other_tools_may_not_say_enough(runs, tmp_path, change, reason
     assert re.search(reason, summary.reason)
 
 
+def test_a_store_of_one_model_is_not_checked(runs, tmp_path):
+    path, _ = runs()
+    with ActivationStore(path) as store:
+        shape = {"n_rows": store.n_rows, "n_models": 1, "d_model": store.d_model, "shard_rows": store.n_rows}
+        meta = {"models": [store.meta.models[0].model_dump()]}
+        with StoreWriter(tmp_path / "acts", **shape, dtype="float32", meta=meta, columns=["sequence_ids"]) as writer:
+            writer.append(store.slice(0, store.n_rows)[:, :1], sequence_ids=store.column("sequence_ids"))
+    run = make_run(tmp_path / "acts", tmp_path / "run", seeds=(0,))
+    attribute(run, CONFIG)
+    assert "holds one model only" in read_summary(run / "attribution").reason
+
+
+def test_half_precision_comes_close(runs, tmp_path):
+    _, run = runs(fresh=tmp_path / "run")
+    attribute(run, CONFIG)
+    exact = read_attribution(run / "attribution").documents
+    attribute(run, AttributeConfig(device="cpu", dtype="bfloat16"))
+    half = read_attribution(run / "attribution").documents
+    for name in ("ce", "layer", "latents", "offset", "error"):
+        ours, theirs = getattr(half, name), getattr(exact, name)
+        assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max() + 0.02, name
+        assert (ours != theirs).any()
+
+
 def test_a_model_that_computes_something_else_is_not_checked(inputs, runs, tmp_path):
     path, _ = runs(keep_bos=True)
     with ActivationStore(path) as store:
