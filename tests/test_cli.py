@@ -18,7 +18,7 @@ from fastdiff.cli import cli, main
 from fastdiff.config import CompareConfig, RunConfig, TrainConfig
 
 FASTDIFF = Path(sys.executable).parent / "fastdiff"
-STAGES = ["extract", "train", "analyze", "annotate", "compare"]
+STAGES = ["extract", "train", "attribute", "analyze", "annotate", "compare"]
 COMMANDS = [*STAGES, "demo", "report", "run", "benchmark", "config init", "config schema"]
 
 
@@ -86,6 +86,10 @@ class TestHelp:
         _, out, _ = fastdiff(command, "--help")
         model = RunConfig.model_fields[command].annotation
         for name, field in model.model_fields.items():
+            if (command, name) == ("attribute", "enabled"):
+                # it says whether `run` takes the stage, and has an option there
+                assert "--enabled" not in out and "--no-attribute" in fastdiff("run", "--help")[1]
+                continue
             assert f"--{name.replace('_', '-')} " in out or f"--{name.replace('_', '-')} /" in out, name
             if not field.is_required() and isinstance(field.default, int | str):
                 assert f"[default: {field.default}]" in " ".join(out.split()), name

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from fastdiff.patching.opening import Target, check_fits, find_target, open_mode
 from fastdiff.patching.refusal import CannotRun
 from fastdiff.progress import SILENT, Progress, Task
 from fastdiff.results.attribution import (
+    BRANCHES,
     DIRECTORY,
     FEW_DOCUMENTS,
     Attribution,
@@ -128,14 +129,12 @@ def _attribute(
     models = [info.name for info in store.meta.models]
     tuned = _tuned(config.tuned, models)
     infos = [store.meta.models[number] for number in sorted({0, min(tuned, len(models) - 1)})]
-    branch: Literal["mlp_out", "attn_out"] | None = None
-    if infos[-1].hook in ("mlp_out", "attn_out"):
-        branch = infos[-1].hook
+    hook = infos[-1].hook
     about: dict[str, Any] = {
-        "branch": branch,
+        "branch": hook if hook in BRANCHES else None,
         "models": [info.name for info in infos],
         "layer": infos[-1].layer,
-        "hook": infos[-1].hook,
+        "hook": hook,
         "tau": config.tau,
     }
     try:
@@ -262,8 +261,8 @@ class _Stage:
             "bfloat16": torch.bfloat16,
         }[config.dtype]
         try:
-            sides = [self._side(target, dtype, device) for target in targets]
-            self._pair = Pair(store, *sides, device)
+            base, tuned = (self._side(target, dtype, device) for target in targets)
+            self._pair = Pair(store, base, tuned, device)
             self._crosscoders = list(crosscoders.values())
             self._resident = self._fit(device)
         except torch.OutOfMemoryError as error:
@@ -406,7 +405,7 @@ class _Stage:
 
     def _score(self, places: NDArray[np.int64], task: Task) -> dict[int, NDArray[np.float64]]:
         """Cross entropies (2,) of documents without nats, by place."""
-        found = {}
+        found: dict[int, NDArray[np.float64]] = {}
         for batch in batches(self._of(places), self._config.batch_tokens):
             try:
                 ce = cross_entropies(self._pair, batch, self._scored_of(batch), self._names_of(batch))

@@ -323,4 +323,5 @@ def _through(
     shift = (gradient.double() @ offset.double()).cpu().numpy()
     if not resident:
         crosscoder.to(home)
-    return nats.reshape(n_documents, F), np.bincount(document.cpu().numpy(), shift, minlength=n_documents)
+    shifted = np.bincount(document.cpu().numpy(), shift, minlength=n_documents).astype(np.float64)
+    return nats.reshape(n_documents, F), shifted

@@ -17,7 +17,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,11 @@ from safetensors.numpy import load_file, save_file
 from fastdiff.errors import InputError
 from fastdiff.rundir import atomic_path, canonical_json, read_json, write_json
 
-SCHEMA = 1
+SCHEMA: Final = 1
 DIRECTORY = "attribution"
 SUMMARY, DOCUMENTS, LATENTS = "summary.json", "documents.safetensors", "latents.safetensors"
+# what a hook may read besides the residual stream
+BRANCHES = ("mlp_out", "attn_out")
 # below this many documents a category's verdict is "cannot tell"
 FEW_DOCUMENTS = 8
 
