@@ -215,11 +215,10 @@ def compare(
 
 def _verdict(directory: Path) -> tuple[list[str], dict[str, Any]]:
     """What a comparison found: a line per sentence and category for people, and all of it for scripts."""
-    from fastdiff.results.verdict import lines, read
+    from fastdiff.results.verdict import facts, lines, read
 
     found = read(directory / "verdict.json")
-    facts = found.model_dump(by_alias=True, exclude={"schema_"})
-    return lines(found), facts
+    return lines(found), facts(found)
 
 
 @cli.command()

@@ -69,7 +69,8 @@ def _of_run(field: "FieldInfo") -> bool:
 
 def _option(name: str, field: "FieldInfo") -> click.Option:
     """One option; its default stays with the configuration, so that a file's value can stand below it."""
-    flag = "--" + name.replace("_", "-")
+    extra = field.json_schema_extra
+    flag = str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else "--" + name.replace("_", "-")
     kind = field.annotation
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -88,10 +89,10 @@ def _option(name: str, field: "FieldInfo") -> click.Option:
         note = f"[default: {default}]"
     text = f"{field.description} {note}".strip()
     if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+        return click.Option([name, f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     if typing.get_origin(kind) is Literal:
-        return click.Option([flag], type=click.Choice(typing.get_args(kind)), multiple=many, help=text)
-    return click.Option([flag], type=str if listed else kind, multiple=many, help=text)
+        return click.Option([name, flag], type=click.Choice(typing.get_args(kind)), multiple=many, help=text)
+    return click.Option([name, flag], type=str if listed else kind, multiple=many, help=text)
 
 
 def shared(command: Command) -> Command:

@@ -341,8 +341,10 @@ class CompareConfig(StageConfig):
     tau: float = Field(
         0.05, gt=0, allow_inf_nan=False, description="Smallest change that counts as one, in nats per scored token."
     )
-    null: str | None = Field(
+    # YAML reads a key called null as no key at all
+    null_run: str | None = Field(
         None,
+        json_schema_extra={"flag": "--null"},
         description="Run directory of two models that differ by nothing that counts, such as base trained further on "
         "its own data; a change must exceed what that run shows.",
     )

@@ -90,7 +90,8 @@ class TestHelp:
                 # it says whether `run` takes the stage, and has an option there
                 assert "--enabled" not in out and "--no-attribute" in fastdiff("run", "--help")[1]
                 continue
-            assert f"--{name.replace('_', '-')} " in out or f"--{name.replace('_', '-')} /" in out, name
+            flag = (field.json_schema_extra or {}).get("flag", f"--{name.replace('_', '-')}")
+            assert f"{flag} " in out or f"{flag} /" in out, name
             if not field.is_required() and isinstance(field.default, int | str):
                 assert f"[default: {field.default}]" in " ".join(out.split()), name
 

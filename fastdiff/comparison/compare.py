@@ -103,8 +103,8 @@ def compare(
         inputs: dict[str, str] = {}
         for name, run in zip(names, runs, strict=True):
             inputs |= {f"{name}/{file}": sha for file, sha in (_inputs(run) | attribution_inputs(run)).items()}
-        if config.null is not None:
-            inputs |= {f"null/{file}": sha for file, sha in _null_inputs(config.null).items()}
+        if config.null_run is not None:
+            inputs |= {f"--null/{file}": sha for file, sha in _null_inputs(config.null_run).items()}
         if rundir.is_done(target, "compare", settings, inputs):
             progress.say(f"compare: {target} is up to date")
             return target
@@ -114,13 +114,16 @@ def compare(
                 f"{names[0]} and {names[1]} have different base models, layers or hooks "
                 f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs them in common"
             )
+        null = None
+        if config.null_run is not None:
+            null = run_evidence(Path(config.null_run), name=config.null_run, base="", tuned="")
         verdict = verdict_file(
             [
                 run_evidence(run, name=name, base=fact["base"], tuned=fact["tuned"])
                 for name, run, fact in zip(names, runs, facts, strict=True)
             ],
             config,
-            None if config.null is None else run_evidence(Path(config.null), name=config.null, base="", tuned=""),
+            null,
         )
         rundir.begin(target)
         sides = [_exclusive(run) for run in runs]

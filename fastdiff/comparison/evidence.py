@@ -116,7 +116,7 @@ def verdict_file(runs: Sequence[RunEvidence], config: CompareConfig, null: RunEv
     tau, tau_from = config.tau, None
     if null is not None:
         if null.reason is not None:
-            raise InputError(f"--null {config.null}: not checked ({null.reason}); {null.remedy}")
+            raise InputError(f"--null {config.null_run}: not checked ({null.reason}); {null.remedy}")
         tau, largest = tau_from_null(null.categories, config.tau)
         tau_from = TauFrom(run=null.name, largest=largest)
     comparisons = [

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from fastdiff.results.verdict import VerdictFile
+
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
 
 
@@ -214,6 +216,7 @@ class Findings:
     """
 
     path: Path
+    verdict: VerdictFile
     statistics: Statistics
     category_table: Table
     categories: list[dict[str, Any]]

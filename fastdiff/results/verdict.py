@@ -4,7 +4,7 @@ Nats are per scored token; positive means that the tuned model does better.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -151,6 +151,19 @@ def read(path: Path) -> VerdictFile:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {place}: {first['msg']}; run `fastdiff compare` again") from error
+
+
+def facts(file: VerdictFile) -> dict[str, Any]:
+    """The whole verdict for scripts: `verdict` are its sentences, `rows` the rows of all comparisons with their name."""
+    found = file.model_dump(exclude={"schema_", "comparisons"})
+    found["verdict"] = [sentence for comparison in file.comparisons for sentence in comparison.sentences]
+    found["comparisons"] = [comparison.model_dump(exclude={"rows"}) for comparison in file.comparisons]
+    found["rows"] = [
+        {"comparison": comparison.name, **row.model_dump()}
+        for comparison in file.comparisons
+        for row in comparison.rows
+    ]
+    return found
 
 
 def lines(file: VerdictFile) -> list[str]:
