@@ -154,7 +154,7 @@ def read(path: Path) -> VerdictFile:
 
 
 def facts(file: VerdictFile) -> dict[str, Any]:
-    """The whole verdict for scripts: `verdict` are its sentences, `rows` the rows of all comparisons with their name."""
+    """The whole verdict for scripts: `verdict` has the sentences, `rows` those of all comparisons with their names."""
     found = file.model_dump(exclude={"schema_", "comparisons"})
     found["verdict"] = [sentence for comparison in file.comparisons for sentence in comparison.sentences]
     found["comparisons"] = [comparison.model_dump(exclude={"rows"}) for comparison in file.comparisons]

@@ -212,14 +212,14 @@ def test_the_first_table_has_every_row_of_the_verdict(make_pair: Callable[..., P
 
 
 def test_a_run_that_was_not_checked_says_what_would_check_it(
-    make_pair: Callable[..., Path], settle_stage: Callable[[Path, str], None], tmp_path: Path
+    make_pair: Callable[..., Path], settle: Callable[[Path, str], None], tmp_path: Path
 ) -> None:
     run = make_pair(tmp_path / "run")
     path = run / "compare" / "verdict.json"
     verdict = json.loads(path.read_text())
     verdict["comparisons"][0] |= {"state": "not checked", "reason": "models are gone", "remedy": "fastdiff attribute r"}
     path.write_text(json.dumps(verdict))
-    settle_stage(run, "compare")
+    settle(run, "compare")
     html = build_report(run).read_text()
     assert "Not checked: models are gone." in html and "<code>fastdiff attribute r</code>" in html
 
