@@ -72,6 +72,7 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
         **facts,
         recovered=result.n_recovered,
         planted=result.n_planted,
+        false_claims=result.n_false,
     )
 
 

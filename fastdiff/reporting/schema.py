@@ -110,20 +110,27 @@ class Label(_Model):
     annotator: str = ""
 
 
+class Behaviour(_Model):
+    """Nats per scored token that a tuned model does better, with its interval."""
+
+    mean: Number = None
+    low: Number = None
+    high: Number = None
+
+
 class Change(_Model):
-    """One planted change and what was observed of it."""
+    """One cell: what was planted there, and the verdict."""
 
     category: str
-    expected: Literal["lost", "gained"]
-    observed_points: Number = None
-    points_low: Number = None
-    points_high: Number = None
-    q: Number = None
+    expected: Literal["lost", "gained", "unchanged"]
+    verdict: str | None = None
+    change: str | None = None
+    B: Behaviour | None = None
     recovered: bool
 
 
 class PlantedPair(_Model):
-    """The planted changes of one run."""
+    """The cells of one comparison."""
 
     run: str
     changes: list[Change]

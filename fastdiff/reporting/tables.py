@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdiff.reporting import charts
 from fastdiff.reporting.data import CATEGORY_TEXT, LATENT_TEXT
-from fastdiff.reporting.schema import Findings, Run
+from fastdiff.reporting.schema import Behaviour, Findings, Run
 from fastdiff.reporting.text import SENTENCE, csv_cell, fixed, number, short_name, visible
 from fastdiff.results.verdict import Tested, Verdict
 
@@ -149,16 +149,18 @@ def category_tables(findings: Findings) -> list[dict[str, Any]]:
 
 
 def planted(findings: Findings) -> list[dict[str, Any]]:
-    """One table of planted changes per run; empty without a truth."""
+    """One table per comparison: every cell with what was planted and what was found; empty without a truth."""
+    pairs = findings.truth.pairs if findings.truth else []
+    cells = [change.B for pair in pairs for change in pair.changes if change.B is not None]
+    limit = charts.nats_limit(v for of in cells for v in (of.mean, of.low, of.high))
     tables = []
-    for pair in findings.truth.pairs if findings.truth else []:
-        limit = charts.forest_limit((c.observed_points, c.points_low, c.points_high) for c in pair.changes)
-        rows = [
-            (c, charts.forest(c.observed_points, low, high, limit, not _spans_zero(low, high)))
-            for c in pair.changes
-            for low, high in [(c.points_low, c.points_high)]
-        ]
-        tables.append({"run": pair.run, "axis": charts.forest_axis(limit), "rows": rows})
+    for pair in pairs:
+        rows = []
+        for change in pair.changes:
+            of = change.B or Behaviour()
+            clear = not _spans_zero(of.low, of.high)
+            rows.append((change, charts.forest(of.mean, of.low, of.high, limit, clear, unit="nats")))
+        tables.append({"run": pair.run, "axis": charts.forest_axis(limit, "nats per scored token"), "rows": rows})
     return tables
 
 

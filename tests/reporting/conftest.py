@@ -374,11 +374,11 @@ def triangulated(root: Path, **options: Any) -> Path:
     ]
     names = ["base→it", "base→simpo", "gained", "lost"]
     write_compare(directory, "triangulated", runs, names, CATEGORIES, ["simpo gains self-reference."])
-    lost = {"category": "code", "expected": "lost", "observed_points": -10.5, "points_low": -15.0}
-    gained = {"category": "refusal", "expected": "gained", "observed_points": 3.5, "points_low": -1.0}
+    lost = {"category": "code", "expected": "lost", "B": {"mean": -0.6, "low": -0.7, "high": -0.5}}
+    gained = {"category": "refusal", "expected": "gained", "B": {"mean": 0.03, "low": -0.01, "high": 0.07}}
     changes = [
-        {**lost, "points_high": -6.0, "q": 0.0008, "recovered": True},
-        {**gained, "points_high": 8.0, "q": 0.62, "recovered": False},
+        {**lost, "verdict": "confirmed", "change": "lost", "recovered": True},
+        {**gained, "verdict": "no change", "change": "none", "recovered": False},
     ]
     pairs = [{"run": name, "changes": changes} for name in ("it", "simpo")]
     truth = {"schema": 1, "pairs": pairs, "sentence": "2 of 4 planted changes recovered."}
