@@ -75,7 +75,7 @@ class Recipe:
 
 FULL = Recipe()
 SMALL = Recipe(
-    base_steps=170, it_steps=170, simpo_steps=110, batch=32, documents_per_category=300, texts_per_category=140
+    base_steps=100, it_steps=110, simpo_steps=70, batch=32, documents_per_category=300, texts_per_category=140
 )
 
 
