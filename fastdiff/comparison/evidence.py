@@ -127,13 +127,15 @@ def verdict_file(runs: Sequence[RunEvidence], config: CompareConfig, null: RunEv
     ]
     if len(runs) == 2:
         comparisons.append(_difference(runs[0], runs[1], config, tau))
-    return VerdictFile(
-        schema=SCHEMA,
-        tau=tau,
-        tau_from=tau_from,
-        alpha=config.alpha,
-        confidence=config.confidence,
-        comparisons=comparisons,
+    return VerdictFile.model_validate(
+        {
+            "schema": SCHEMA,
+            "tau": tau,
+            "tau_from": tau_from,
+            "alpha": config.alpha,
+            "confidence": config.confidence,
+            "comparisons": comparisons,
+        }
     )
 
 
@@ -146,8 +148,8 @@ def _difference(first: RunEvidence, second: RunEvidence, config: CompareConfig, 
         tuned=second.tuned,
         summary=second.summary,
         categories=[],
-        reason=unchecked and f"{unchecked.name}: {unchecked.reason}",
-        remedy=unchecked and unchecked.remedy,
+        reason=None if unchecked is None else f"{unchecked.name}: {unchecked.reason}",
+        remedy=None if unchecked is None else unchecked.remedy,
     )
     rows: list[CategoryEvidence] = []
     if unchecked is None:

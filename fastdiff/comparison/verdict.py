@@ -212,7 +212,7 @@ def _measure(items: Sequence[CategoryEvidence], confidence: float) -> list[_Meas
         through = item.latents + item.offset
         enough = len(item.layer) >= MIN_DOCUMENTS and len(item.behaviour) >= MIN_DOCUMENTS and len(through) > 0
         empty: Array = np.zeros(0)
-        measured = [
+        B, L, V, latents = (
             mean_interval(x, confidence)
             for x in (
                 item.behaviour,
@@ -220,9 +220,9 @@ def _measure(items: Sequence[CategoryEvidence], confidence: float) -> list[_Meas
                 through.mean(axis=0) if len(through) else empty,
                 item.latents.mean(axis=0) if len(through) else empty,
             )
-        ]
+        )
         means = through.mean(axis=1).tolist() if through.size else []
-        rows.append(_Measured(item, enough, *measured, means, {}))
+        rows.append(_Measured(item, enough, B, L, V, latents, means, {}))
     family = [row for row in rows if row.enough]
     for name in ("B", "L", "V"):
         for row, q in zip(family, adjusted([getattr(row, name).p for row in family]), strict=True):

@@ -120,10 +120,10 @@ def hold_against_truth(out: Path, truth: dict[str, dict[str, str]]) -> dict[str,
         category: word[max(-1, min(1, level[truth[second][category]] - level[truth[first][category]]))]
         for category in truth[first]
     }
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for comparison in file.comparisons:
         rows = {row.category: row for row in comparison.rows}
-        changes = []
+        changes: list[dict[str, Any]] = []
         for category, wanted in sorted(expected[comparison.name].items()):
             row = rows.get(category)
             claimed = row is not None and row.verdict == "confirmed"

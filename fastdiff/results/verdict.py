@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fastdiff import rundir
 from fastdiff.errors import InputError
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Change = Literal["gained", "lost", "none"]
 Word = Literal[
