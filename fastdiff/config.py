@@ -91,6 +91,12 @@ class ExtractConfig(StageConfig):
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
     seed: Seed = Field(0, description="Order of the documents.")
 
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if self.answer_field and self.messages_field:
+            raise ValueError("answer_field goes with the text field; with messages_field, answers are messages")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _fit_max_norm(cls, values: Any) -> Any:

@@ -25,6 +25,9 @@ from fastdiff.extraction.text import Document, Message
 _MARK = "\ue0f0{}\ue0f1"
 _MARKS = re.compile("\ue0f0(\\d+)\ue0f1")
 
+# prompt and answer as they are, for a tokenizer that has no template of its own
+JOINED = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
 # today's date would make the tokens depend on the day; this one is the default of Llama 3 templates
 _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -52,16 +55,17 @@ class ChatTemplate:
     Args:
         tokenizer: Tokenizer that holds the template.
         owner: Model that the tokenizer comes from, for error messages.
+        otherwise: The template of a tokenizer that has none.
 
     Raises:
         InputError: The tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any, owner: str):
+    def __init__(self, tokenizer: Any, owner: str, otherwise: str | None = None):
         self.rewritten: set[tuple[str, int]] = set()
         self._tokenizer, self._owner = tokenizer, owner
         try:
-            template = tokenizer.get_chat_template()
+            template = tokenizer.get_chat_template(otherwise if tokenizer.chat_template is None else None)
         except ValueError as error:
             raise InputError(
                 f"{owner}: its tokenizer has no chat template; give a text field instead of --messages-field"

@@ -10,7 +10,8 @@ and its documents are read again one by one in the order they are wanted. Of a H
 beginning is read, as far as `--max-tokens` can use it.
 
 A chat is a list of messages {"role": ..., "content": ...}, both text. With `--messages-field`, a record that
-has no such field but a text field is a text, so chats and plain texts can be mixed.
+has no such field but a text field is a text, so chats and plain texts can be mixed. With `--answer-field`, a record is
+a chat of two messages: its text by the user, its answer by the assistant.
 """
 
 import json
@@ -61,11 +62,16 @@ class Fields:
     text: str
     messages: str | None
     category: str | None
+    answer: str | None = None
 
     @classmethod
     def of(cls, config: ExtractConfig) -> "Fields":
         """The fields that the options name."""
-        return cls(config.text_field, config.messages_field, config.category_field)
+        return cls(config.text_field, config.messages_field, config.category_field, config.answer_field)
+
+    def wanted(self, have: Collection[str]) -> list[str]:
+        """All fields to read of records with these fields."""
+        return [name for name in (self.content(have), self.answer, self.category) if name is not None]
 
     def content(self, have: Collection[str]) -> str:
         """The field that holds the document in a record with these fields."""
@@ -90,7 +96,14 @@ class Fields:
         if not isinstance(text, str):
             hint = "; for chats use --messages-field" if isinstance(text, list) else ""
             raise InputError(f"{where}: field {name!r} holds {_kind(text)}, not text{hint}")
-        return Document(text, label, where) if text.strip() else None
+        if not text.strip():
+            return None
+        if self.answer is None:
+            return Document(text, label, where)
+        answer = _field(record, self.answer, "--answer-field", where)
+        if not isinstance(answer, str):
+            raise InputError(f"{where}: field {self.answer!r} holds {_kind(answer)}, not the text of an answer")
+        return Document((Message("user", text), Message("assistant", answer)), label, where)
 
 
 def _field(record: Mapping[str, Any], name: str, option: str, where: str) -> Any:
@@ -205,7 +218,7 @@ class _Parquet:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 have = file.schema_arrow.names
-                wanted = [fields.content(have), *([fields.category] if fields.category else [])]
+                wanted = fields.wanted(have)
                 for name in wanted:
                     if name not in have:
                         raise InputError(f"{path}: no column {name!r}; its columns are {', '.join(map(repr, have))}")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from fastdiff.config import ExtractConfig
 from fastdiff.errors import InputError
-from fastdiff.extraction.chat import ChatTemplate, Span
+from fastdiff.extraction.chat import JOINED, ChatTemplate, Span
 from fastdiff.extraction.models import one_line, quiet
 from fastdiff.extraction.text import Corpus, Document
 from fastdiff.progress import Progress
@@ -181,8 +181,15 @@ class Encoder:
 
     def _render(self, document: Document) -> tuple[str, list[Span]]:
         if self._chat is None:
-            self._chat = ChatTemplate(self.tokenizer, self._config.tuned)
+            joined = self._joined() if self._config.answer_field else None
+            self._chat = ChatTemplate(self.tokenizer, self._config.tuned, joined)
         return self._chat.render(document)
+
+    def _joined(self) -> str:
+        """The template of prompts and answers for a tokenizer without one: no more than it writes around a text."""
+        added = self.tokenizer("", verbose=False)["input_ids"]
+        begins = len(added) and added[0] == self.tokenizer.bos_token_id
+        return ("{{ bos_token }}" if begins else "") + JOINED
 
     def _encode_chat(self, document: Document) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         if not self.tokenizer.is_fast:

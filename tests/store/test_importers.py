@@ -497,7 +497,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert same(store, rows(0), rows(1))
         assert [model.name for model in store.meta.models] == ["x", "y"]
         wanted = ["fastdiff", "import", str(arguments[1]), str(arguments[2]), "--name", "x", "--name", "y"]
-        assert store.meta.command == [*wanted, "--shard-rows", "64"]
+        assert store.meta.command == [*wanted, "--shard-rows", "64", "--max-norm", "3.0"]
     with pytest.raises(SystemExit) as ended:
         main(["import", str(tmp_path / "c.npy"), "-o", str(tmp_path / "t")])
     assert ended.value.code == 3 and "c.npy: no such file" in capsys.readouterr().err
