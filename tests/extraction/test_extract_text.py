@@ -367,3 +367,36 @@ def test_sentencepiece_like_pieces_are_shown_as_text() -> None:
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert display_strings(made) == ["<unk>", " the", "\n", "\\xe2", " ", "", "cat"]
+
+
+def test_answers_are_messages_of_the_assistant(tmp_path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "the cat?", "a": "sat", "kind": "x"}, {"q": " ", "a": "no", "kind": "x"}])
+    (found,) = read(config(path, text_field="q", answer_field="a", category_field="kind"))
+    assert found.content == (Message("user", "the cat?"), Message("assistant", "sat")) and found.category == "x"
+    table = pyarrow.table({"q": ["the cat?"], "a": ["sat"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert contents(config(tmp_path / "a.parquet", text_field="q", answer_field="a")) == [found.content]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "a", "b": "c"}, r"a\.jsonl:1: no field 'a' \(--answer-field\); its fields are 'text', 'b'"),
+        ({"text": "a", "a": ["c"]}, r"a\.jsonl:1: field 'a' holds a value of type list, not the text of an answer"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused(tmp_path, record, message) -> None:
+    with pytest.raises(InputError, match=message):
+        read(config(write_jsonl(tmp_path / "a.jsonl", [record]), answer_field="a"))
+
+
+def test_answers_belong_to_texts_and_not_to_chats() -> None:
+    with pytest.raises(ValueError, match="answer_field goes with the text field"):
+        config("x.jsonl", answer_field="a", messages_field="m")
+
+
+def test_prompt_and_answer_are_joined_as_they_are_where_there_is_no_chat_template() -> None:
+    encoder, (sequence,) = encode([("user", "the cat "), ("assistant", "sat")], template=None, answer_field="a")
+    assert words_by_role(encoder, sequence) == [("bos", "<bos>"), ("user", "the cat"), ("assistant", " sat")]
+    encoder, (sequence,) = encode([("user", "the cat "), ("assistant", "sat")], answer_field="a")
+    assert ("template", "<|end|>\n<|assistant|>\n") in words_by_role(encoder, sequence)
