@@ -306,11 +306,9 @@ def test_only_answers_are_scored_where_there_are_some(inputs, runs):
 
 def test_rows_that_are_left_out_of_use_are_a_part_of_their_own(inputs, runs, monkeypatch):
     store, run = runs(base="plain-base", tuned="plain-tuned")
-    real = ActivationStore.usable_rows
     with ActivationStore(store) as opened:
-        assert real(opened) is None
         positions = opened.column("positions")
-    # as if the first position, and every third, had a norm too large
+    # as if every third had a norm too large, beside the first positions, which are left out without BOS
     in_use = np.flatnonzero((positions > 0) & (np.arange(len(positions)) % 3 != 0))
     monkeypatch.setattr(ActivationStore, "usable_rows", lambda self: in_use)
     attribute(run, CONFIG)
@@ -318,8 +316,10 @@ def test_rows_that_are_left_out_of_use_are_a_part_of_their_own(inputs, runs, mon
     assert np.abs(found.documents.left_out).max() > 1e-3 and np.abs(found.documents.bos).max() > 1e-3
 
 
-def test_without_bos_the_first_position_is_one_like_others(inputs, runs, tmp_path):
+def test_without_bos_the_first_position_is_a_part_of_its_own_too(inputs, runs, tmp_path):
     store, run = runs(base="plain-base", tuned="plain-tuned", fresh=tmp_path / "run")
+    with ActivationStore(store) as opened:
+        assert np.array_equal(opened.usable_rows(), np.flatnonzero(opened.column("positions")))
     attribute(run, CONFIG)
     found = check(inputs, run, store, pair=("plain-base", "plain-tuned"))
-    assert (found.documents.bos == 0).all() and found.summary.too_short == 1
+    assert (found.documents.bos != 0).all() and (found.documents.left_out == 0).all() and found.summary.too_short == 1

@@ -58,8 +58,8 @@ def fve(x, out):
     return (1 - errors / spread).tolist(), 1 - errors.sum() / spread.sum()
 
 
-def transcribed(c, stored, codes):
-    """The same facts, one dense numpy line each."""
+def transcribed(c, stored, codes, n_left_out=0):
+    """The same facts, one dense numpy line each; the last rows are left out of use, and `codes` are of the others."""
     W_enc, b_enc, W_dec, b_dec, theta, mean, scale = (
         getattr(c, name).detach().double().cpu().numpy()
         for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "input_mean", "input_scale")
@@ -74,6 +74,8 @@ def transcribed(c, stored, codes):
     else:
         fires = {"batchtopk": score > theta, "jumprelu": pre > theta, "relu": pre > 0}[c.activation]
     out = np.einsum("bf,fmd->bmd", pre * fires, W_dec) + b_dec
+    fve_all = fve(x, out)[0]
+    x, out, fires = (values[: len(values) - n_left_out] for values in (x, out, fires))
     l0, frequency = fires.sum(1), fires.mean(0)
     there = (x**2).sum(2) > 0
     norm, out_norm, overlap = np.linalg.norm(x, axis=2), np.linalg.norm(out, axis=2), (x * out).sum(2)
@@ -90,7 +92,7 @@ def transcribed(c, stored, codes):
             }  # fmt: skip
     of_models, pooled = fve(x, out)
     return {
-        "n_rows": len(x), "fve": of_models, "fve_pooled": pooled, "l0_mean": l0.mean(),
+        "n_rows": len(x), "fve": of_models, "fve_all": fve_all, "fve_pooled": pooled, "l0_mean": l0.mean(),
         **{f"l0_p{p}": np.percentile(l0, p) for p in (5, 50, 95)},
         "train_l0": l0.mean(), "dead_fraction": (frequency == 0).mean(), "dense_fraction": (frequency > 0.1).mean(),
         "never_fired": int((frequency == 0).sum()),
@@ -136,6 +138,11 @@ def test_every_figure_is_the_dense_one(activation, n, M, D, F, k):
     assert 0 < expected["l0_mean"] < F and 0 < expected["dead_fraction"] < 1
     assert_same(found, expected)
     assert_same(asdict(evaluate(c, [stored])), expected | {"groups": {}})
+    kept, apart = n - 11, {grouping: of[: n - 11] for grouping, of in codes.items()}
+    found = asdict(evaluate(c, [(stored[:kept], apart)], NAMES, left_out=[stored[kept : kept + 4], stored[kept + 4 :]]))
+    expected = transcribed(c, stored, apart, n_left_out=11)
+    assert found["fve_all"] != found["fve"]
+    assert_same(found, expected | ({"train_l0": found["train_l0"]} if activation == "batchtopk" else {}))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
