@@ -370,7 +370,9 @@ def test_sentencepiece_like_pieces_are_shown_as_text() -> None:
 
 
 def test_answers_are_messages_of_the_assistant(tmp_path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "the cat?", "a": "sat", "kind": "x"}, {"q": " ", "a": "no", "kind": "x"}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"q": "the cat?", "a": "sat", "kind": "x"}, {"q": " ", "a": "no", "kind": "x"}]
+    )
     (found,) = read(config(path, text_field="q", answer_field="a", category_field="kind"))
     assert found.content == (Message("user", "the cat?"), Message("assistant", "sat")) and found.category == "x"
     table = pyarrow.table({"q": ["the cat?"], "a": ["sat"]})
