@@ -34,14 +34,11 @@ def test_running_tables_equal_loops():
         assert firing.by_role[j].tolist() == [int((role[rows] == r).sum()) for r in range(R)]
         documents = np.unique(document[rows])
         assert firing.documents_by_source[j].tolist() == [int((documents % S == s).sum()) for s in range(S)]
-        means = {d: value[rows[document[rows] == d], j].sum() / length[d] for d in documents}
-        peaks = {d: value[rows[document[rows] == d], j].max() for d in documents}
-        for table, of in (
-            (firing.mean_by_source, lambda d: means[d]),
-            (firing.squares_by_source, lambda d: means[d] ** 2),
-            (firing.peaks_by_source, lambda d: peaks[d] ** 2),
-        ):
-            assert np.allclose(table[j], [sum(of(d) for d in documents if d % S == s) for s in range(S)])
+        sums = np.zeros((3, S))
+        for d in documents:
+            values = value[rows[document[rows] == d], j]
+            sums[:, d % S] += [values.sum() / length[d], (values.sum() / length[d]) ** 2, values.max() ** 2]
+        assert np.allclose([firing.mean_by_source[j], firing.squares_by_source[j], firing.peaks_by_source[j]], sums)
         strongest = defaultdict(lambda: (0.0, 0))  # per document: largest value, lowest row among equals
         for r in rows:
             if value[r, j] > strongest[document[r]][0]:

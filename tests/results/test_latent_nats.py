@@ -2,49 +2,28 @@
 
 import numpy as np
 import pytest
+from attributions import write_nats
 
 from fastdiff import rundir
 from fastdiff.errors import InputError
-from fastdiff.results.attribution import Attribution, DocumentTable, Summary, write_attribution
+from fastdiff.results.attribution import Attribution, Summary, write_attribution
 from fastdiff.results.nats import ROW_LATENTS, LatentNats, read_latent_nats
 
 MODEL = "a" * 64
 
 
-def attributed(run, nats, category, names, *, model=MODEL, seeds=(0, 3)):
-    """A run with an attribution of the documents in `category`, every second of which has nats [S, N_nats, F]."""
-    n = len(category)
-    floats, by_seed = np.zeros(n), np.zeros((len(seeds), n))
-    table = DocumentTable(
-        document=np.arange(n),
-        text=np.arange(n),
-        category=np.asarray(category),
-        held_out=np.zeros(n, bool),
-        scored=np.full(n, 9),
-        ce=np.zeros((n, 2)),
-        has_nats=np.arange(n) % 2 == 0,
-        layer=floats,
-        latents=by_seed,
-        offset=by_seed,
-        error=by_seed,
-        left_out=floats,
-        bos=floats,
-    )
-    summary = Summary(state="checked", seeds=list(seeds), categories=names, tau=0.05, dict_size=nats.shape[2])
-    outputs = write_attribution(run / "attribution", Attribution(summary, table, nats.astype(np.float32)))
-    rundir.finish(run / "attribution", "attribute", {}, {f"seed-{seed}": model for seed in seeds}, outputs)
-
-
 def test_nats_are_means_over_the_documents_of_a_category_and_of_the_seed_that_is_asked_for(tmp_path):
     rng = np.random.default_rng(0)
-    category = [0, 0, 0, 0, 1, 1, 0, 0, 2, 2]  # with nats: 0, 0, 1, 0, 2
+    category = [0, 0, 1, 0, 2]
     nats = rng.normal(size=(2, 5, 7))
-    attributed(tmp_path, nats, category, ["a", "b", "c", "empty"])
+    write_nats(tmp_path, nats, category, ["a", "b", "c", "empty"], model=MODEL, seeds=(0, 3))
     found, hashes = read_latent_nats(tmp_path, 3, MODEL)
     assert found is not None and found.categories == ["a", "b", "c", "empty"]
     wanted = [nats[1, [0, 1, 3]].mean(axis=0), nats[1, 2], nats[1, 4], np.full(7, np.nan)]
     np.testing.assert_allclose(found.nats, wanted, rtol=1e-6)
-    assert set(hashes) == {f"attribution/{name}" for name in rundir.read_json(tmp_path / "attribution/DONE.json")["outputs"]}
+    assert set(hashes) == {
+        f"attribution/{name}" for name in rundir.read_json(tmp_path / "attribution/DONE.json")["outputs"]
+    }
 
 
 def test_a_row_has_the_latents_with_most_nats_of_its_sign():
@@ -68,7 +47,7 @@ def test_every_row_whatever_its_change_is_among_those_of_any_row():
 
 def test_a_run_without_attribution_or_with_that_of_other_crosscoders_has_none(tmp_path):
     assert read_latent_nats(tmp_path, 0, MODEL) == (None, {})
-    attributed(tmp_path, np.ones((2, 1, 3)), [0], ["a"])
+    write_nats(tmp_path, np.ones((1, 1, 3)), [0], ["a"], model=MODEL)
     assert read_latent_nats(tmp_path, 0, "b" * 64) == (None, {})
     assert read_latent_nats(tmp_path, 1, MODEL) == (None, {})
 
@@ -82,7 +61,7 @@ def test_an_attribution_that_checked_nothing_has_none_but_its_hash_counts(tmp_pa
 
 
 def test_a_changed_file_is_refused(tmp_path):
-    attributed(tmp_path, np.ones((2, 1, 3)), [0], ["a"])
+    write_nats(tmp_path, np.ones((1, 1, 3)), [0], ["a"], model=MODEL)
     (tmp_path / "attribution" / "latents.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="run `fastdiff attribute"):
         read_latent_nats(tmp_path, 0, MODEL)
