@@ -81,7 +81,7 @@ def _rows(i: int, run: Run, vocabulary: dict[str, int], names: dict[str, int]) -
             [vocabulary[token] for token in run.top_tokens[card.latent]],
             [_example(example, vocabulary, names) for example in card.examples],
             _short(float(stability[card.latent])),
-            [] if run.nats is None else [_short(float(value), 3) for value in run.nats.nats[:, card.latent]],
+            [] if run.nats is None else [_short(float(value)) for value in run.nats.nats[:, card.latent]],
         ]
 
     return [row(card) for card in run.cards]
