@@ -8,8 +8,10 @@ a card would show): right if the label's category is the most frequent of them, 
 places. Two more counts say what that is worth: how many latents have a label that names a category at all, and how many
 have one where the categories are shuffled over the documents.
 
-Also measured: the run's own labels on the next contexts, those of ranks 9 to 16, which no card shows but which the
-label has seen. Each is said of all latents, of the run's cards, and of the latents of the verdict's rows (`by_nats`).
+Also measured: how many of the run's own labels are contradicted by the eight contexts that a card shows (another
+category is more frequent), and how they hold on the next contexts, those of ranks 9 to 16, which no card shows but
+which the label has seen. Each is said of all latents, of the run's cards, and of the latents of the verdict's rows
+(`by_nats`).
 
 Fails where fewer than 90 % of the cards' labels that name a category hold on the other half.
 """
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from measure import versions
+from measure import device, versions
 
 from fastdiff import rundir
 from fastdiff.analysis.firing import Firing
@@ -162,6 +164,11 @@ def right(labels: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return checked, checked & (counts[latents, labels] > others.max(axis=1))
 
 
+def led_by_another(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Latents whose label names a category and of whose contexts more are of another one, [F]."""
+    return (labels >= 0) & (counts[np.arange(len(labels)), labels] < counts.max(axis=1))
+
+
 def check(run: Path, store_path: Path | None, seed: int = 0) -> dict[str, Any]:
     """All counts of a run."""
     analysis = rundir.require_done(run / "analysis", f"fastdiff analyze {run}")
@@ -183,12 +190,14 @@ def check(run: Path, store_path: Path | None, seed: int = 0) -> dict[str, Any]:
         right(firings.labels(one, firings.category, **thresholds), firings.contexts(~one, 0, document_of))
         for one in (half, ~half)
     ]
+    contradicted = led_by_another(own, firings.contexts(everything, 0, document_of))
     following = right(own, firings.contexts(everything, SHOWN, document_of))
     for name, group in groups.items():
         found[name] = {
             "latents": int(group.sum()),
             "named": int((own[group] >= 0).sum()),
             "other_half": [[int(good[group].sum()), int(checked[group].sum())] for checked, good in halves],
+            "contradicted": int(contradicted[group].sum()),
             "next": [int(following[1][group].sum()), int(following[0][group].sum())],
         }
     found["shuffled"] = [
@@ -220,14 +229,15 @@ def added(pairs: list[list[int]]) -> list[int]:
 
 def lines(results: list[dict[str, Any]]) -> list[str]:
     """A Markdown table."""
-    head = ["run", "latents", "named", "other half", "next contexts", "named when shuffled"]
+    head = ["run", "latents", "named", "other half", "contradicted by shown", "next contexts", "named when shuffled"]
     found = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for result in results:
         for name in ("all", "cards", "by_nats"):
             of = result[name]
             named = f"{of['named']} of {of['latents']}"
             shuffled = ", ".join(map(str, result["shuffled"])) if name == "all" else ""
-            cells = [result["run"], name, named, share(added(of["other_half"])), share(of["next"]), shuffled]
+            cells = [result["run"], name, named, share(added(of["other_half"]))]
+            cells += [str(of["contradicted"]), share(of["next"]), shuffled]
             found.append(f"| {' | '.join(cells)} |")
     return found
 
@@ -246,12 +256,15 @@ def main() -> None:
     said = (
         f"Cards: {named} of {latents} name a category; {share(pooled)} of the labels made of a half hold on the other."
     )
+    of_runs = {result["run"]: added(result["cards"]["other_half"]) for result in results}
+    least = min((run for run in of_runs if of_runs[run][1]), key=lambda run: of_runs[run][0] / of_runs[run][1])
+    said += f" Least in a run: {least}, {share(of_runs[least])}."
     print("\n".join([*table, "", said]))
     if given.out is not None:
         command = "python -P bench/labels.py " + " ".join(run.name for run in given.runs)
         text = "\n".join(["# Labels on documents they have not seen", "", f"`{command}`", "", *table, "", said, ""])
         rundir.write_text(given.out.with_suffix(".md"), text)
-        facts = {"schema": 1, "versions": versions("fastdiff", "torch", "numpy", "scipy"), "runs": results}
+        facts = {"schema": 1, **device(), "versions": versions("fastdiff", "torch", "numpy", "scipy"), "runs": results}
         rundir.write_text(given.out.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     if pooled[0] < AIM * pooled[1]:
         raise SystemExit(f"fewer than {AIM:.0%} of the cards' labels hold")

@@ -68,3 +68,5 @@ def test_right_is_a_category_that_leads_alone(bench):
     checked, good = bench["right"](np.array([0, 0, 1, 2, -1]), counts)
     assert checked.tolist() == [True, True, True, False, False]
     assert good.tolist() == [True, False, False, False, False]
+    another = bench["led_by_another"](np.array([0, 0, 1, 2, -1]), counts)
+    assert another.tolist() == [False, False, True, False, False]
