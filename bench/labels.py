@@ -252,6 +252,8 @@ def main() -> None:
     results = [check(run, given.store) for run in given.runs]
     table = lines(results)
     pooled = added([counts for result in results for counts in result["cards"]["other_half"]])
+    if not pooled[1]:
+        raise SystemExit("no card's label names a category, so there is nothing to check")
     named, latents = added([[result["cards"]["named"], result["cards"]["latents"]] for result in results])
     said = (
         f"Cards: {named} of {latents} name a category; {share(pooled)} of the labels made of a half hold on the other."
