@@ -327,7 +327,7 @@ class AnalyzeConfig(StageConfig):
     batch_size: PositiveInt = Field(4096, description="Tokens in one pass through the encoder.")
     examples: NonNegativeInt = Field(8, description="Maximum-activating examples per latent.")
     context: PositiveInt = Field(24, description="Tokens shown on each side of a peak.")
-    cards: PositiveInt = Field(400, description="Latents that get examples, the most specific first.")
+    cards: PositiveInt = Field(400, description="Latents of one model, and shared ones, that get examples.")
     nu_error_max: float = Field(0.2, gt=0, description="Specific: |nu_error| is below this.")
     nu_reconstruction_max: float = Field(0.5, gt=0, description="Specific: |nu_reconstruction| is below this.")
     stable_cosine: float = Field(
@@ -354,7 +354,8 @@ class AnnotateConfig(StageConfig):
     min_lift: float = Field(
         2.0,
         gt=1,
-        description="Firing rate in its category over that elsewhere, at least; else uninterpretable.",
+        description="Mean activation, and peaks, in its category over those in any other, at least; "
+        "else no one category.",
     )
 
 

@@ -4,8 +4,12 @@
     latents.csv          one row per latent; `COLUMNS` says what each column means
     summary.json         counts by class, `left_out` (rows out of use besides BOS), quality on held-out rows, Δ_norm
                          histogram, how many latents other seeds have too, `splice` (see there), what the columns mean
-    firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64
+    firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64; float64
+                         [F, S] mean_by_source, squares_by_source, peaks_by_source, see `fastdiff.analysis.firing`
     examples.sqlite      see `fastdiff.analysis.examples`
+
+A run that `fastdiff attribute` has been through gets examples also of the latents with most nats in each category, of
+either sign: the report shows them for the category's row. `by_nats` of summary.json lists them.
 
 `stability` of summary.json, null without other seeds to compare with: {"seeds": [1, 2], "tokens": 50000,
 "min_cosine": 0.7, "min_coactivation": 0.5, "observed": latents that fired on those tokens, "stable": those of them that
@@ -41,6 +45,7 @@ from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.nats import LatentNats, read_latent_nats
 from fastdiff.store.reader import ActivationStore
 
 COLUMNS = {
@@ -70,6 +75,15 @@ COLUMNS = {
     "top_tokens": "JSON list of the tokens on which it fires most strongly, one per document, no token twice",
     "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
     "other seeds, or if it fired on none of the tokens compared",
+}
+# tensors of firing.safetensors, attributes of `Firing`
+TABLES = {
+    "count_by_source": "by_source",
+    "documents_by_source": "documents_by_source",
+    "count_by_role": "by_role",
+    "mean_by_source": "mean_by_source",
+    "squares_by_source": "squares_by_source",
+    "peaks_by_source": "peaks_by_source",
 }
 OUTPUTS = ["latents.csv", "summary.json", "firing.safetensors", "examples.sqlite"]
 # share of the cards that show latents both models have, as a control for the reader and the annotator
@@ -110,7 +124,9 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         trained = rundir.require_done(source, f"fastdiff train STORE -o {run} --seed {config.train_seed}")
         inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
         others, hashes = comparable(run, finished, config.train_seed, inputs["store"], progress)
-        inputs |= hashes
+        nats, attributed = read_latent_nats(run, config.train_seed, inputs["model"])
+        # an analysis by a version that wrote other tables is not up to date
+        inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json(TABLES))}
         if rundir.is_done(target, "analyze", settings, inputs):
             progress.say(f"analyze: {target} is up to date")
             return target
@@ -122,7 +138,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
             if store.sha256() != inputs["store"]:
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
             rundir.begin(target)
-            _analyze(store, crosscoder, facts, others, config, target, progress)
+            _analyze(store, crosscoder, facts, others, nats, config, target, progress)
         rundir.record(run, "analyze", settings)
         rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
     return target
@@ -133,6 +149,7 @@ def _analyze(
     crosscoder: Crosscoder,
     facts: dict[str, Any],
     others: dict[int, Path],
+    nats: LatentNats | None,
     config: AnalyzeConfig,
     target: Path,
     progress: Progress,
@@ -149,7 +166,8 @@ def _analyze(
     table["top_tokens"] = _top_tokens(store, firing)
     table["stability"], stable = _stability(store, crosscoder, others, rows, table, config, progress)
     quality, held_out = _quality(store, crosscoder, facts, config)
-    chosen = _choose(table, config)
+    by_nats = [] if nats is None else nats.of_any_row()
+    chosen = _choose(table, by_nats, config)
     write_examples(
         target / "examples.sqlite",
         store,
@@ -162,14 +180,7 @@ def _analyze(
     )
     rundir.write_text(target / "latents.csv", _csv(table))
     with rundir.atomic_path(target / "firing.safetensors") as temporary:
-        save_file(
-            {
-                "count_by_source": firing.by_source,
-                "documents_by_source": firing.documents_by_source,
-                "count_by_role": firing.by_role,
-            },
-            temporary,
-        )
+        save_file({name: getattr(firing, of) for name, of in TABLES.items()}, temporary)
     delta, fired = table["delta_norm"], firing.count > 0
     counts, edges = np.histogram(delta[fired & np.isfinite(delta)], bins=40, range=(0, 1))
     rundir.write_json(
@@ -187,6 +198,7 @@ def _analyze(
             "stability": stable,
             "splice": spliced,
             "left_out": store.left_out_facts(),
+            "by_nats": by_nats,
             "quality": {**quality.facts(), "rows": held_out},
             "delta_norm_histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
             "sources": [s.model_dump() for s in store.meta.sources or []],
@@ -234,6 +246,9 @@ def _pass(
     documents = np.arange(n_rows) if documents is None else documents[:n_rows]
     usable = np.zeros(n_rows, bool)
     usable[rows] = True
+    first_of_document = np.concatenate(([True], documents[1:] != documents[:-1]))
+    document_number = np.cumsum(first_of_document) - 1
+    tokens = np.bincount(document_number[usable], minlength=document_number[-1] + 1)
     sums = ScalingSums.zeros(crosscoder.dict_size, store.n_models)
     firing = Firing.zeros(crosscoder.dict_size, n_sources, n_roles, config.examples)
     norm = crosscoder.code_norm().detach().double()
@@ -257,9 +272,9 @@ def _pass(
                 document=documents[row],
                 source=sources[row],
                 role=roles[row],
+                tokens=tokens[document_number[row]],
             )
             task.advance(stop - start)
-    first_of_document = np.concatenate(([True], documents[1:] != documents[:-1]))
     totals = {
         "tokens": np.bincount(sources[usable], minlength=n_sources).tolist(),
         "documents": np.bincount(sources[first_of_document], minlength=n_sources).tolist(),
@@ -371,8 +386,8 @@ def _exclusive(table: dict[str, np.ndarray], side: str) -> np.ndarray:
     return (table["count"] > 0) & ((table["specific"] == side) | (table["class"] == f"{side}_only"))
 
 
-def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, str]:
-    """Latents that get a card: exclusive ones, the most often active first, and a control of shared ones."""
+def _choose(table: dict[str, np.ndarray], by_nats: list[int], config: AnalyzeConfig) -> dict[int, str]:
+    """Latents that get a card: exclusive ones, the most often active first, a control of shared ones, and by nats."""
     fired = table["count"] > 0
     chosen: dict[int, str] = {}
     n_control = int(config.cards * _CONTROL_SHARE)
@@ -387,6 +402,9 @@ def _choose(table: dict[str, np.ndarray], config: AnalyzeConfig) -> dict[int, st
         shared = shared[np.argsort(-mass[shared], kind="stable")]
         picked = shared[np.unique(np.linspace(0, len(shared) - 1, min(n_control, len(shared))).astype(int))]
         chosen |= {int(latent): "shared" for latent in picked}
+    for latent in by_nats:
+        sides = [side for side in ("tuned", "base") if _exclusive(table, side)[latent]]
+        chosen.setdefault(latent, sides[0] if sides else "nats")
     return chosen
 
 

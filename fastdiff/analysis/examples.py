@@ -1,7 +1,8 @@
 """Maximum-activating examples with their context, in one SQLite file.
 
     examples(latent, rank, sequence_id, row, position, dataset, category, activation, peak, tokens, activations)
-    latents(latent, why)             why: "tuned" or "base" (exclusive to that model), "shared" (a control)
+    latents(latent, why)             why: "tuned" or "base" (exclusive to that model), "shared" (a control),
+                                     "nats" (none of these, but most nats run through it in some category)
 
 `tokens` and `activations` are JSON lists of the same length, `peak` is the index of the maximum; activations are
 f·s, 0 where the latent is silent.

@@ -11,13 +11,19 @@ import numpy as np
 
 @dataclass
 class Firing:
-    """Running counts of F latents over S sources and R roles; `top_*` hold the n best documents of each."""
+    """Running counts of F latents over S sources and R roles; `top_*` hold the n best documents of each.
+
+    The three sums over documents are what labels rest on: a document counts once, however long it is.
+    """
 
     count: np.ndarray  # [F] int64, tokens
     total: np.ndarray  # [F] float64, Σ f·s
     largest: np.ndarray  # [F] float64, max f·s, 0 if it never fired
     by_source: np.ndarray  # [F, S] int64, tokens
     documents_by_source: np.ndarray  # [F, S] int64, documents with at least one firing
+    mean_by_source: np.ndarray  # [F, S] float64, Σ over documents of the mean of f·s over the document's tokens
+    squares_by_source: np.ndarray  # [F, S] float64, Σ over documents of the square of that mean
+    peaks_by_source: np.ndarray  # [F, S] float64, Σ over documents of the square of its largest f·s
     by_role: np.ndarray  # [F, R] int64, tokens
     top_value: np.ndarray  # [F, n] float64, descending, 0 where there are fewer
     top_row: np.ndarray  # [F, n] int64
@@ -31,6 +37,9 @@ class Firing:
             largest=np.zeros(dict_size),
             by_source=np.zeros((dict_size, n_sources), np.int64),
             documents_by_source=np.zeros((dict_size, n_sources), np.int64),
+            mean_by_source=np.zeros((dict_size, n_sources)),
+            squares_by_source=np.zeros((dict_size, n_sources)),
+            peaks_by_source=np.zeros((dict_size, n_sources)),
             by_role=np.zeros((dict_size, n_roles), np.int64),
             top_value=np.zeros((dict_size, n_examples)),
             top_row=np.zeros((dict_size, n_examples), np.int64),
@@ -44,8 +53,9 @@ class Firing:
         document: np.ndarray,
         source: np.ndarray,
         role: np.ndarray,
+        tokens: np.ndarray,
     ) -> None:
-        """Take in the firings of a batch of whole documents; all arguments are [nnz]."""
+        """Take in the firings of a batch of whole documents; all are [nnz], `tokens` the length of the document."""
         F = len(self.count)
         self.count += np.bincount(latent, minlength=F)
         self.total += np.bincount(latent, weights=value, minlength=F)
@@ -55,10 +65,17 @@ class Firing:
 
         # the strongest firing of each latent in each document, then the strongest documents of each latent
         order = np.lexsort((row, -value, document, latent))
-        latent, value, row, document, source = (a[order] for a in (latent, value, row, document, source))
+        latent, value, row, document, source, tokens = (
+            a[order] for a in (latent, value, row, document, source, tokens)
+        )
         first = _starts_a_run(latent) | _starts_a_run(document)
-        latent, value, row, source = latent[first], value[first], row[first], source[first]
-        self.documents_by_source += _table(latent, source, self.documents_by_source.shape)
+        total = np.add.reduceat(value, np.flatnonzero(first)) if len(value) else value
+        latent, value, row, source, tokens = (a[first] for a in (latent, value, row, source, tokens))
+        mean, shape = total / tokens, self.documents_by_source.shape
+        self.documents_by_source += _table(latent, source, shape)
+        self.mean_by_source += _table(latent, source, shape, mean)
+        self.squares_by_source += _table(latent, source, shape, mean**2)
+        self.peaks_by_source += _table(latent, source, shape, value**2)
         n = self.top_value.shape[1]
         order = np.lexsort((row, -value, latent))
         latent, value, row = latent[order], value[order], row[order]
@@ -79,6 +96,8 @@ def _starts_a_run(values: np.ndarray) -> np.ndarray:
     return np.concatenate(([True], values[1:] != values[:-1])) if len(values) else np.zeros(0, bool)
 
 
-def _table(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """How often each (row, column) pair occurs."""
-    return np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
+def _table(
+    rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], weights: np.ndarray | None = None
+) -> np.ndarray:
+    """How often each (row, column) pair occurs, or the sum of its weights."""
+    return np.bincount(rows * shape[1] + columns, weights, minlength=shape[0] * shape[1]).reshape(shape)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fastdiff import rundir
-from fastdiff.annotation.baseline import UNINTERPRETABLE, Label, annotate_baseline
+from fastdiff.annotation.baseline import NO_CATEGORY, UNINTERPRETABLE, Activity, Label, annotate_baseline
 from fastdiff.config import AnnotateConfig
+from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
 
 
@@ -44,7 +46,7 @@ def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> 
         rundir.record(run, "annotate", settings)
         rundir.finish(target, "annotate", settings, inputs, ["labels.jsonl"])
         unclear = sum(label.category == UNINTERPRETABLE for label in labels)
-        progress.say(f"annotate: {len(labels)} latents labelled, {unclear} of them {UNINTERPRETABLE}")
+        progress.say(f"annotate: {len(labels)} latents labelled, {unclear} of them as of {NO_CATEGORY}")
     return target
 
 
@@ -63,7 +65,6 @@ def read_labels(run: Path) -> dict[int, Label]:
 
 def _baseline(analysis: Path, config: AnnotateConfig) -> list[Label]:
     summary: dict[str, Any] = rundir.read_json(analysis / "summary.json")
-    fired = load_file(analysis / "firing.safetensors")["documents_by_source"]
     # sources of the same category are one category; a data set without categories is its own
     names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]
     categories = sorted(set(names))
@@ -71,11 +72,33 @@ def _baseline(analysis: Path, config: AnnotateConfig) -> list[Label]:
     with (analysis / "latents.csv").open(encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
     return annotate_baseline(
-        fired @ member,
-        np.array(summary["documents_by_source"]) @ member,
+        _activity(analysis, np.array(summary["documents_by_source"])).merged(member),
         categories,
         np.array([int(row["count"]) for row in rows]),
         [json.loads(row["top_tokens"]) for row in rows],
         min_count=config.min_count,
         min_lift=config.min_lift,
+        # a row of the verdict shows them, so they are labelled however rare
+        shown=summary.get("by_nats", []),
+    )
+
+
+def _activity(analysis: Path, documents: NDArray[np.int64]) -> Activity:
+    """Where the latents are active, by source.
+
+    Raises:
+        InputError: The analysis is of a version that counted only documents with any firing.
+    """
+    fired = load_file(analysis / "firing.safetensors")
+    for name in ("mean_by_source", "squares_by_source", "peaks_by_source"):
+        if name not in fired:
+            raise InputError(
+                f"{analysis / 'firing.safetensors'}: has no {name}; run `fastdiff analyze {analysis.parent}` again"
+            )
+    return Activity(
+        documents=documents,
+        fired=fired["documents_by_source"],
+        means=fired["mean_by_source"],
+        squares=fired["squares_by_source"],
+        peaks=fired["peaks_by_source"],
     )

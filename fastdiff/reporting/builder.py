@@ -127,7 +127,7 @@ def _render(findings: Findings, assets: Mapping[str, str]) -> tuple[str, dict[st
         planted=tables.planted(findings),
         n_cards=sum(len(run.cards) for run in findings.runs),
         n_examples=sum(len(card.examples) for run in findings.runs for card in run.cards),
-        island=Markup(encode(island(findings.runs))),
+        island=Markup(encode(island(findings.runs, tables.latents_of_rows(findings)))),
         embedded={name: Markup(text) for name, text in embedded.items()},
         whole=whole,
         version=fastdiff.__version__,

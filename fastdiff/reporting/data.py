@@ -34,6 +34,7 @@ from fastdiff.reporting.schema import (
     Truth,
 )
 from fastdiff.results.attribution import DIRECTORY as ATTRIBUTION
+from fastdiff.results.nats import read_latent_nats
 from fastdiff.results.verdict import read as read_verdict
 
 T = TypeVar("T", bound=BaseModel)
@@ -127,6 +128,11 @@ def _read_run(path: Path, name: RunName) -> Run:
     unknown = [card.latent for card in cards if not 0 <= card.latent < len(latents.rows)]
     if unknown:
         raise InputError(f"{path / 'analysis' / 'examples.sqlite'}: latent {unknown[0]} is not in latents.csv")
+    nats, _ = read_latent_nats(path, seed, stages["analysis"]["inputs"].get("model", ""))
+    if nats is not None and nats.nats.shape[1] != len(latents.rows):
+        raise InputError(
+            f"{path / ATTRIBUTION}: not of the latents in latents.csv; run `fastdiff attribute {path}` again"
+        )
     return Run(
         name=name.name,
         path=path,
@@ -136,6 +142,8 @@ def _read_run(path: Path, name: RunName) -> Run:
         latents=latents,
         labels=_read_labels(path / "annotate" / "labels.jsonl"),
         cards=cards,
+        seed=seed,
+        nats=nats,
         top_tokens=_top_tokens(path / "analysis" / "latents.csv", latents),
         curves=_read_curves(path / "events.jsonl", seed),
         settings=_read_settings(path / "fastdiff.yaml"),

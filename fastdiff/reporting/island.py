@@ -1,15 +1,17 @@
 """The data that the page's script draws latent cards from.
 
-    {"schema": 1, "runs": [name, …], "vocabulary": [token, …], "names": [data set or category, …],
+    {"schema": 1, "runs": [name, …], "natsOf": [[category, …] per run], "rows": [[[category, [latent, …]], …] per run],
+     "vocabulary": [token, …], "names": [data set or category, …],
      "latents": [[run, latent, why, class, specific, category, label, confidence, annotator,
                   delta_norm, cosine, nu_error, nu_reconstruction, nu_activation, norm_base, norm_tuned,
-                  frequency, count, max_activation, [top token, …], [example, …], stability], …]}
+                  frequency, count, max_activation, [top token, …], [example, …], stability, [nats, …]], …]}
     example = [document, position, data set, category, activation, peak, [token, …], [index, value, …]]
 
-Tokens are indices into `vocabulary` (the most frequent first, so that indices are short), data sets and
-categories into `names`; activations are sparse. Everything is text that can be seen (see text.py) and numbers
-of at most 4 digits. In the page it stands as base64 of gzip of JSON: 2,000 latents with 8 contexts of 49
-tokens take 2 MB instead of 27 MB of ready-made HTML.
+`rows` are the verdict's, each with its latents, most nats first; a latent's nats are in the order of its run's
+`natsOf`, none where the run was not attributed. Tokens are indices into `vocabulary` (the most frequent first, so that
+indices are short), data sets and categories into `names`; activations are sparse. Everything is text that can be seen
+(see text.py) and numbers of at most 4 digits. In the page it stands as base64 of gzip of JSON: 2,000 latents with 8
+contexts of 49 tokens take 2 MB instead of 27 MB of ready-made HTML.
 """
 
 import base64
@@ -38,8 +40,13 @@ def encode(value: Any) -> str:
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode("ascii")
 
 
-def island(runs: list[Run]) -> dict[str, Any]:
-    """The page's data, in the format above."""
+def island(runs: list[Run], rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """The page's data, in the format above.
+
+    Args:
+        runs: All runs.
+        rows: Of each run, the latents of each category's row.
+    """
     seen: Counter[str] = Counter()
     for run in runs:
         for card in run.cards:
@@ -51,6 +58,8 @@ def island(runs: list[Run]) -> dict[str, Any]:
     return {
         "schema": 1,
         "runs": [visible(run.name) for run in runs],
+        "natsOf": [[_name(name, names) for name in run.nats.categories] if run.nats else [] for run in runs],
+        "rows": [[[_name(name, names), latents] for name, latents in of.items()] for of in rows],
         "latents": [row for i, run in enumerate(runs) for row in _rows(i, run, vocabulary, names)],
         "vocabulary": [visible(token) for token in vocabulary],
         "names": list(names),
@@ -72,6 +81,7 @@ def _rows(i: int, run: Run, vocabulary: dict[str, int], names: dict[str, int]) -
             [vocabulary[token] for token in run.top_tokens[card.latent]],
             [_example(example, vocabulary, names) for example in card.examples],
             _short(float(stability[card.latent])),
+            [] if run.nats is None else [_short(float(value)) for value in run.nats.nats[:, card.latent]],
         ]
 
     return [row(card) for card in run.cards]

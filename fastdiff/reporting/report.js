@@ -4,8 +4,10 @@
   const PAGE = 20, SHOWN = 3, LEVELS = 8;
   const FIELDS = ["run", "latent", "why", "kind", "specific", "category", "label", "confidence", "annotator",
     "delta", "cosine", "nuError", "nuReconstruction", "nuActivation", "normBase", "normTuned",
-    "frequency", "count", "max", "top", "examples", "stability"];
-  const SIDES = [["", "all"], ["tuned", "specific to tuned"], ["base", "specific to base"], ["shared", "shared (sample)"]];
+    "frequency", "count", "max", "top", "examples", "stability", "nats"];
+  const SIDES = [["", "all"], ["tuned", "specific to tuned"], ["base", "specific to base"], ["shared", "shared (sample)"],
+    ["nats", "not specific, by nats"]];
+  const PARTS = 12, NONE = "uninterpretable";
   const SORTS = [
     ["Δ norm, most tuned first", (l) => -(l.delta ?? -1)],
     ["Δ norm, most base first", (l) => l.delta ?? 2],
@@ -41,7 +43,14 @@
     : (Number.isInteger(x) ? x.toLocaleString("en") : String(Number(x.toPrecision(digits)))).replace("-", "−");
   const percent = (x) => x === null ? "–" : `${short(100 * x, 2)} %`;
 
-  let data, latents, found = [], page = 0, only = null;
+  // to four decimals, as nats of one latent are small
+  function signed(x) {
+    const text = Math.abs(x).toFixed(4);
+    return Number(text) === 0 ? text : (x < 0 ? "−" : "+") + text;
+  }
+
+  // `only`: the latents that a link chose, instead of the filters; `row`: the category of the verdict's row it is of
+  let data, latents, found = [], page = 0, only = null, row = null, chosen = "";
 
   function ofCategory(l) { return data.names[l.category] || "unlabelled"; }
 
@@ -112,21 +121,36 @@
 
   function measure(name, value) { return el("div", "", el("dt", "", name), el("dd", "", value)); }
 
+  function nats(l) {
+    const parts = l.nats.map((x, i) => [data.names[data.natsOf[l.run][i]], x]).filter((part) => part[1] !== null)
+      .sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+    if (!parts.length) return null;
+    const p = el("p", "nats", el("span", "meta", "Nats per token "));
+    parts.forEach(([name, x], i) => {
+      if (i < PARTS || name === row) p.append(el("span", name === row ? "part own" : "part", `${name} ${signed(x)}`), " ");
+    });
+    if (parts.length > PARTS) p.append(el("span", "meta", `${parts.length} categories in all`));
+    return p;
+  }
+
   function card(l) {
-    const side = l.why === "shared" ? "shared" : `specific to ${l.why}`;
+    const side = { shared: "shared", nats: "not specific" }[l.why] ?? `specific to ${l.why}`;
     const link = el("a", "number", `Latent ${l.latent}`);
     link.href = fragment(l);
     const title = el("h3", "", link, " ", el("span", `side ${l.why}`, `${{ tuned: "●", base: "◇" }[l.why] ?? "○"} ${side}`));
     if (data.runs.length > 1) title.append(" ", el("span", "side", data.runs[l.run]));
-    const sure = l.confidence === null ? "" : `, confidence ${short(l.confidence, 2)}`;
+    const sure = ofCategory(l) === NONE ? "no one category stands out"
+      : `${ofCategory(l)}${l.confidence === null ? "" : `, confidence ${short(l.confidence, 2)}`}`;
     const head = el("div", "head", title,
       el("p", "label", l.label || "unlabelled"),
-      l.label ? el("p", "meta", `${ofCategory(l)}${sure}${l.annotator ? `, by ${l.annotator}` : ""}`) : null);
+      l.label ? el("p", "meta", `${sure}${l.annotator ? `, by ${l.annotator}` : ""}`) : null);
     if (l.top.length) {
       const chips = el("p", "tops", el("span", "meta", "Top tokens "));
       for (const t of l.top) chips.append(el("code", "", data.vocabulary[t].replace(/^ +| +$/g, (s) => "␣".repeat(s.length))), " ");
       head.append(chips);
     }
+    const carried = nats(l);
+    if (carried) head.append(carried);
     const numbers = el("dl", "numbers",
       el("div", "", el("dt", "", "Δ norm"), el("dd", "", short(l.delta), el("span", "scale", "base ", gauge(l.delta), " tuned"))),
       measure("ν error", short(l.nuError)), measure("ν reconstruction", short(l.nuReconstruction)),
@@ -169,8 +193,8 @@
     page = Math.max(0, Math.min(page, pages - 1));
     const first = page * PAGE, shown = found.slice(first, first + PAGE);
     $("cards").replaceChildren(...shown.map(card));
-    $("count").textContent = only && !found.length ? "This report has no card for that latent. Reset shows all."
-      : only ? `Latent ${only[0].latent} alone. Reset shows all ${short(latents.length)}.`
+    $("count").textContent = only && !found.length ? "This report has no card for that. Reset shows all."
+      : only ? `${chosen} Reset shows all ${short(latents.length)}.`
         : found.length === latents.length ? `${short(found.length)} latents`
           : `${short(found.length)} of ${short(latents.length)} latents`;
     $("pages").hidden = pages === 1;
@@ -180,16 +204,27 @@
   }
 
   function fresh() {
-    only = null;
+    only = row = null;
     page = 0;
-    if (location.hash.startsWith("#latent=")) history.replaceState(null, "", "#latents");
+    if (/^#(latent|row)=/.test(location.hash)) history.replaceState(null, "", "#latents");
     show();
   }
 
   function follow() {
-    if (!location.hash.startsWith("#latent=")) return;
-    const wanted = new URLSearchParams(location.hash.slice(1)), run = wanted.get("run");
-    only = latents.filter((l) => l.latent === Number(wanted.get("latent")) && (run === null || data.runs[l.run] === run));
+    if (!/^#(latent|row)=/.test(location.hash)) return;
+    // a plus is a plus: names are percent-encoded
+    const wanted = new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B")), run = wanted.get("run");
+    const isOf = (i) => run === null || data.runs[i] === run;
+    row = wanted.get("row");
+    if (row === null) {
+      only = latents.filter((l) => l.latent === Number(wanted.get("latent")) && isOf(l.run));
+      chosen = only.length ? `Latent ${only[0].latent} alone.` : "";
+    } else {
+      only = data.rows.flatMap((rows, i) => rows.filter((r) => isOf(i) && data.names[r[0]] === row)
+        .flatMap((r) => r[1].map((latent) => latents.find((l) => l.run === i && l.latent === latent))))
+        .filter((l) => l !== undefined);
+      chosen = `${short(only.length)} latents with most nats in ${row}, most first.`;
+    }
     page = 0;
     show();
     $("latents").scrollIntoView();
@@ -254,6 +289,11 @@
       });
     }
     addEventListener("hashchange", follow);
+    // a link to what the address already says changes no hash
+    document.addEventListener("click", (event) => {
+      const a = event.target.closest("a");
+      if (a && a.hash && a.hash === location.hash) follow();
+    });
     show();
     follow();
     document.documentElement.dataset.ready = "1";

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from fastdiff.results.nats import LatentNats
 from fastdiff.results.verdict import VerdictFile
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
@@ -171,7 +172,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Card:
-    """A latent that has examples; `why` is tuned, base or shared (the control sample)."""
+    """A latent that has examples; `why` is tuned, base, shared (the control sample) or nats (most in some category)."""
 
     latent: int
     why: str
@@ -197,7 +198,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Run:
-    """All of one run that the report shows."""
+    """All of one run that the report shows; `nats` is None where its latents were not attributed."""
 
     name: str
     path: Path
@@ -208,6 +209,8 @@ class Run:
     labels: dict[int, Label]
     top_tokens: list[list[str]]
     cards: list[Card]
+    seed: int
+    nats: LatentNats | None
     curves: list[Point]
     settings: dict[str, Any]
     stages: dict[str, dict[str, Any]]

@@ -7,6 +7,8 @@ from typing import Any
 
 from fastdiff.reporting import charts
 from fastdiff.reporting.data import CATEGORY_TEXT, LATENT_TEXT
+from fastdiff.reporting.rows import RowLatent, row_href, row_latents
+from fastdiff.reporting.rows import facts as row_facts
 from fastdiff.reporting.schema import Behaviour, Findings, Run
 from fastdiff.reporting.text import SENTENCE, csv_cell, fixed, number, short_name, visible
 from fastdiff.results.verdict import Tested, Verdict
@@ -94,18 +96,47 @@ def verdict_tables(findings: Findings) -> list[dict[str, Any]]:
     file = findings.verdict
     estimates = [of for c in file.comparisons for row in c.rows for of in (row.B, row.V) if of is not None]
     limit = charts.nats_limit(v for of in estimates for v in (of.mean, of.low, of.high))
+    latents = [row_latents(findings, i) for i in range(len(findings.runs))]
     tables = []
     for comparison in file.comparisons:
+        run = next((i for i, run in enumerate(findings.runs) if [run.name] == comparison.runs), None)
+        shown = latents if run is None else latents[run : run + 1]
         rows = sorted(comparison.rows, key=lambda row: (row.change == "none", -_mean(row.B), row.category))
         tables.append(
             {
                 "comparison": comparison,
-                "run": next((i for i, run in enumerate(findings.runs) if [run.name] == comparison.runs), None),
+                "run": run,
                 "axis": charts.forest_axis(limit, "nats per scored token"),
-                "rows": [_verdict_row(row, limit) for row in rows],
+                "rows": [
+                    {
+                        **_verdict_row(row, limit),
+                        "href": row_href(findings, row.category, run),
+                        "latents": [latent for of in shown for latent in of.get(row.category, [])],
+                    }
+                    for row in rows
+                ],
+                "note": _note(findings, run, [one for of in shown for row in of.values() for one in row]),
             }
         )
     return tables
+
+
+def _note(findings: Findings, run: int | None, latents: list[RowLatent]) -> str:
+    """Which crosscoder a table's latents are of, and what to do where they have no contexts."""
+    runs = findings.runs if run is None else [findings.runs[run]]
+    seeds = ", ".join(dict.fromkeys(str(of.seed) for of in runs))
+    said = f"The latents are those of crosscoder seed {seeds}, which was analysed." if latents else ""
+    without = sorted({one.run for one in latents if not one.has_card})
+    for i in without:
+        path = findings.runs[i].path
+        said += f" Some have no contexts, since the nats are newer: run fastdiff analyze {path} again."
+    return said
+
+
+def latents_of_rows(findings: Findings) -> list[dict[str, list[int]]]:
+    """Of each run the latents of each category's row, most nats first, as the page's script takes them."""
+    runs = range(len(findings.runs))
+    return [{name: [one.latent for one in row] for name, row in row_latents(findings, i).items()} for i in runs]
 
 
 def _mean(of: Tested | None) -> float:
@@ -215,6 +246,7 @@ def summary(findings: Findings) -> dict[str, Any]:
         "title": title(findings),
         "kind": findings.statistics.kind,
         "verdict": findings.verdict.model_dump(by_alias=True, exclude={"schema_"}),
+        "row_latents": row_facts(findings),
         "specific_latents": findings.statistics.verdict,
         "alpha": findings.statistics.alpha,
         "confidence": findings.statistics.confidence,

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 import sqlite3
 
 import numpy as np
 import pytest
 import torch
+from attributions import write_nats
 from safetensors.numpy import load_file
 
 from fastdiff import rundir
@@ -234,8 +236,6 @@ def test_a_changed_store_is_refused(finished, tmp_path):
 def test_a_store_that_has_moved_is_found_with_the_option(finished, tmp_path):
     run = tmp_path / "run"
     config = AnalyzeConfig(batch_size=512, examples=3, context=4)
-    import shutil
-
     shutil.copytree(finished / "run", run)
     manifest = rundir.read_json(run / "manifest.json")
     manifest["stages"]["train"]["store"] = str(tmp_path / "gone")
@@ -245,3 +245,37 @@ def test_a_store_that_has_moved_is_found_with_the_option(finished, tmp_path):
         analyze(run, config)
     analyze(run, config, store_path=finished / "acts")
     assert (run / "analysis" / "DONE.json").exists()
+
+
+def test_the_latents_with_most_nats_get_examples_whatever_their_class(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    model = rundir.read_json(run / "crosscoder" / "seed-0" / "DONE.json")["outputs"]["model.safetensors"]
+    config = AnalyzeConfig(batch_size=512, examples=3, context=4, cards=5)
+    analyze(run, config)
+    before, rows = shown(run), table(run)
+    assert rundir.read_json(run / "analysis" / "summary.json")["by_nats"] == []
+    # of two latents that fire and have no card yet, and of one that has
+    fired = [int(row["latent"]) for row in rows if int(row["count"]) > 50]
+    first, second = [latent for latent in fired if latent not in before][:2]
+    third = next(latent for latent, why in before.items() if why == "tuned")
+    nats = np.zeros((1, 2, 64), np.float32)
+    nats[0, 0, first], nats[0, 1, second], nats[0, 1, third] = 0.5, -0.25, 0.125
+    write_nats(run, nats, [0, 1], ["x", "y"], model=model)
+    analyze(run, config)
+    assert rundir.read_json(run / "analysis" / "summary.json")["by_nats"] == sorted([first, second, third])
+    after = shown(run)
+    assert {latent: why for latent, why in after.items() if latent not in (first, second)} == before
+    for latent in (first, second):
+        exclusive = rows[latent]["specific"] or {"tuned_only": "tuned", "base_only": "base"}.get(rows[latent]["class"])
+        assert after[latent] == (exclusive or "nats")
+    db = sqlite3.connect(run / "analysis" / "examples.sqlite")
+    assert {latent for (latent,) in db.execute("SELECT DISTINCT latent FROM examples")} >= {first, second}
+    # nats of another crosscoder choose nothing
+    write_nats(run, nats, [0, 1], ["x", "y"], model="0" * 64)
+    analyze(run, config)
+    assert shown(run) == before
+
+
+def shown(run):
+    return dict(sqlite3.connect(run / "analysis" / "examples.sqlite").execute("SELECT latent, why FROM latents"))

@@ -18,11 +18,12 @@ CONFIG = AnnotateConfig()
 SOURCES = [("a.jsonl", "code"), ("b.jsonl", "law"), ("b.jsonl", "code"), ("plain.txt", None)]
 DOCUMENTS = [50, 100, 50, 100]
 FIRED = [[20, 0, 20, 1], [0, 60, 1, 0], [0, 0, 0, 40], [10, 20, 10, 20], [30, 0, 30, 0]]
+TABLES = ("count_by_source", "documents_by_source", "mean_by_source", "squares_by_source", "peaks_by_source")
 COUNT = [400, 100, 80, 900, 9]
 
 
-def analysis(run, *, sources=SOURCES, documents=DOCUMENTS, fired=FIRED, count=COUNT, tokens=None):
-    """A finished analysis with the columns and files that annotation reads."""
+def analysis(run, *, sources=SOURCES, documents=DOCUMENTS, fired=FIRED, count=COUNT, tokens=None, by_nats=()):
+    """A finished analysis with the columns and files that annotation reads; all firings are equally strong."""
     directory = run / "analysis"
     rundir.begin(directory)
     with (directory / "latents.csv").open("w", encoding="utf-8", newline="") as f:
@@ -35,10 +36,12 @@ def analysis(run, *, sources=SOURCES, documents=DOCUMENTS, fired=FIRED, count=CO
         "schema": 1,
         "sources": [{"dataset": dataset, "category": category} for dataset, category in sources],
         "documents_by_source": documents,
+        "by_nats": list(by_nats),
     }
     rundir.write_json(directory / "summary.json", summary)
     table = np.array(fired, np.int64)
-    save_file({"documents_by_source": table, "count_by_source": table}, directory / "firing.safetensors")
+    tables = {name: table if name.startswith(("count", "documents")) else table.astype(float) for name in TABLES}
+    save_file(tables, directory / "firing.safetensors")
     (directory / "examples.sqlite").write_bytes(b"")
     rundir.finish(directory, "analyze", {}, {"model": "0"}, OUTPUTS)
     return run
@@ -85,6 +88,23 @@ def test_each_line_is_json_with_the_promised_keys(tmp_path):
             "annotator",
             "top_tokens",
         ]
+
+
+def test_a_latent_that_a_row_of_the_verdict_shows_has_a_label_however_rare(tmp_path):
+    run = analysis(tmp_path / "run", by_nats=[0, 4])
+    annotate(run, CONFIG)
+    labels = read_labels(run)
+    assert labels[4].label == "no one category: t4" and labels[4].category == UNINTERPRETABLE
+    assert labels[0].category == "code"
+
+
+def test_an_analysis_that_counted_documents_alone_is_refused_with_the_command(tmp_path):
+    run = analysis(tmp_path / "run")
+    table = np.array(FIRED, np.int64)
+    save_file({"documents_by_source": table, "count_by_source": table}, run / "analysis" / "firing.safetensors")
+    rundir.finish(run / "analysis", "analyze", {}, {"model": "0"}, OUTPUTS)
+    with pytest.raises(InputError, match=f"has no mean_by_source; run `fastdiff analyze {run}` again"):
+        annotate(run, CONFIG)
 
 
 def test_a_data_set_without_sources_is_uninterpretable(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from attributions import write_nats
 
 from fastdiff import rundir
 
@@ -163,7 +164,7 @@ def write_analysis(
     rundir.write_json(directory / "summary.json", summary)
     write_examples(directory / "examples.sqlite", rng, specific, texts, sizes)
     outputs = ["latents.csv", "summary.json", "examples.sqlite"]
-    rundir.finish(directory, "analyze", {"train_seed": 0}, {"store": "0" * 64}, outputs)
+    rundir.finish(directory, "analyze", {"train_seed": 0}, {"store": "0" * 64, "model": "1" * 64}, outputs)
 
 
 def write_examples(
@@ -203,7 +204,9 @@ def finish_compare(directory: Path) -> None:
     """Mark the comparison as one of the runs as they are."""
     inputs = {}
     for run in json.loads((directory / "compare" / "statistics.json").read_text())["runs"]:
-        for stage in ("analysis", "annotate"):
+        for stage in ("analysis", "annotate", "attribution"):
+            if not (directory / run["path"] / stage).exists():
+                continue
             outputs = outputs_of(directory / run["path"] / stage)
             inputs |= {f"{run['name']}/{stage}/{file}": sha for file, sha in outputs.items()}
     outputs = ["categories.csv", "statistics.json", "verdict.json"]
@@ -339,6 +342,16 @@ def write_compare(
     finish_compare(directory)
 
 
+def row_nats(categories: tuple[str, ...], sizes: tuple[int, int, int, int]) -> np.ndarray:
+    """Nats of each latent by category: five stand out, in the direction of the category's change (see verdict_of)."""
+    n, cards = sizes[:2]
+    nats = np.full((len(categories), n), 1e-5)
+    for i in range(len(categories)):
+        for k in range(5):
+            nats[i, (i + k * (cards // 5)) % cards] = (0.05 - 0.01 * k) * (1, -1, 1)[i % 3]
+    return nats
+
+
 def fill_run(
     run: Path,
     seed: int = 0,
@@ -352,6 +365,7 @@ def fill_run(
     rng = np.random.default_rng(seed)
     write_analysis(run, rng, list(models), texts, sizes)
     write_labels(run, sizes[0], texts, categories, labels)
+    write_nats(run, row_nats(categories, sizes)[None], range(len(categories)), categories, model="1" * 64)
     write_logs(run, rng, list(models))
 
 

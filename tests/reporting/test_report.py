@@ -13,9 +13,11 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -100,6 +102,8 @@ def test_the_island_holds_every_card_with_its_numbers_and_tokens(run: Path) -> N
         stored = connection.execute(f"{query} WHERE latent = ? ORDER BY rank", (latent,)).fetchall()
         assert len(row[20]) == len(stored) == 5
         assert row[21] == 0.5
+        planted = {(i + 12 * k, i): (0.05 - 0.01 * k) * (-1 if i % 3 == 1 else 1) for i in range(6) for k in range(5)}
+        assert row[22] == pytest.approx([planted.get((latent, i), 1e-5) for i in range(6)], rel=1e-3)
         for shown, (document, position, dataset, category, activation, peak, tokens, values) in zip(
             row[20], stored, strict=True
         ):
@@ -207,8 +211,61 @@ def test_the_first_table_has_every_row_of_the_verdict(make_pair: Callable[..., P
     for row in json.loads((run / "compare" / "verdict.json").read_text())["comparisons"][0]["rows"]:
         words = {"gained": "▲ gained, ", "lost": "▼ lost, ", "none": ""}[row["change"]] + row["verdict"]
         words += f": {row['reason']}" if row["reason"] else ""
-        assert f'data-category="{row["category"]}"' in first and f"<td>{words}</td>" in first
-        assert f'<a href="#latent={row["top_latents"][0]["latent"]}">' in first
+        link = f'<a href="#row={quote(row["category"])}">{row["category"]}</a>'
+        assert link in first and f"<td>{words}</td>" in first
+    # those of row_nats, with their labels and their nats in the row's direction
+    labels = [json.loads(line) for line in (run / "annotate/labels.jsonl").read_text().splitlines()]
+    words = {label["latent"]: label["label"] for label in labels}
+    for i in range(6):
+        sign = "−" if i % 3 == 1 else "+"
+        for k in range(5):
+            latent = i + 12 * k
+            title = escape(visible(words.get(latent, "")), quote=False).replace('"', "&#34;").replace("'", "&#39;")
+            wanted = f'<a href="#latent={latent}" title="{title}">{latent}</a> <span class="small">{sign}0.0{5 - k}0'
+            assert wanted in first
+    assert "The latents are those of crosscoder seed 0, which was analysed." in first
+
+
+def test_report_json_has_the_latents_of_each_row_with_their_measures(run: Path) -> None:
+    report = json.loads((run / "report/report.json").read_text())
+    table = read_csv(run / "analysis/latents.csv")
+    rows = {row["category"]: row for row in report["row_latents"]}
+    assert list(rows) == ["code", "factual", "instruction following", "multilingual", "refusal", "self-reference"]
+    for i, (category, row) in enumerate(rows.items()):
+        assert (row["run"], row["seed"], row["change"]) == ("it", 0, ("gained", "lost", "none")[i % 3])
+        assert [one["latent"] for one in row["latents"]] == [i + 12 * k for k in range(5)]
+        for k, one in enumerate(row["latents"]):
+            assert one["nats"][category] == pytest.approx((0.05 - 0.01 * k) * (-1 if i % 3 == 1 else 1))
+            assert len(one["nats"]) == 6 and one["contexts"] == 5
+            for name in ("delta_norm", "nu_error", "nu_reconstruction", "nu_activation", "cosine"):
+                assert one[name] == pytest.approx(float(table[one["latent"]][name]))
+
+
+def test_latents_of_a_row_without_contexts_are_named_with_what_to_do(
+    make_pair: Callable[..., Path], settle: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    run = make_pair(tmp_path / "run")
+    connection = sqlite3.connect(run / "analysis/examples.sqlite")
+    for table in ("latents", "examples"):
+        connection.execute(f"DELETE FROM {table} WHERE latent = 12")
+    connection.commit()
+    connection.close()
+    settle(run, "analysis")
+    html = build_report(run).read_text()
+    assert 'href="#latent=12"' not in html and 'href="#latent=24"' in html
+    assert f"Some have no contexts, since the nats are newer: run fastdiff analyze {run} again." in html
+
+
+def test_a_run_that_was_not_attributed_has_rows_without_latents(
+    make_pair: Callable[..., Path], settle: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    run = make_pair(tmp_path / "run")
+    shutil.rmtree(run / "attribution")
+    settle(run, "compare")
+    page = Page(build_report(run))
+    assert "#row=" not in page.html.replace("`#row=", "")
+    assert {tuple(row[22]) for row in page.island()["latents"]} == {()}
+    assert json.loads((run / "report/report.json").read_text())["row_latents"] == []
 
 
 def test_a_run_that_was_not_checked_says_what_would_check_it(
@@ -252,8 +309,16 @@ def test_a_comparison_shows_both_runs_and_the_planted_truth(
     assert page.html.count("✓ yes") == page.html.count("✗ no") == 2
     buttons = [a for a, _ in page.all("button") if "data-category" in a]
     runs = [a.get("data-run") for a in buttons]
-    # the verdict has a comparison of each run and one between them, the table of specific latents two of those
-    assert runs == ["0"] * 6 + ["1"] * 6 + [None] * 6 + ["0"] * 6 + ["1"] * 6 + [None] * 12
+    # the table of specific latents has a comparison of each run and two between them
+    assert runs == ["0"] * 6 + ["1"] * 6 + [None] * 12
+    # the verdict has one of each run, and one between them whose rows open the latents of both
+    rows = [a["href"] for a, _ in page.all("a") if (a.get("href") or "").startswith("#row=code")]
+    assert rows == ["#row=code&run=it", "#row=code&run=simpo", "#row=code"]
+    difference = page.html[page.html.index('aria-label="Verdict, simpo against it"') :]
+    difference = difference[: difference.index("</tr>", difference.index("#row=code"))]
+    assert re.findall(r"#latent=(\d+)&amp;run=(\w+)", difference) == [
+        (str(12 * k), name) for name in ("it", "simpo") for k in range(5)
+    ]
 
 
 def test_a_pair_has_no_planted_truth(run: Path) -> None:
@@ -273,7 +338,7 @@ def test_hostile_text_stays_text(hostile_run: Path, hostile: tuple[str, ...]) ->
     for _, attributes in page.tags:
         assert "style" not in attributes
         assert not [name for name in attributes if name.startswith("on")]
-        assert re.fullmatch(r"#([a-z]+|latent=\d+(&run=[\w%.-]+)?)", attributes.get("href") or "#main")
+        assert re.fullmatch(r"#([a-z]+|latent=\d+(&run=[\w%.-]+)?|row=[\w%.~-]+)", attributes.get("href") or "#main")
     unseen = {c for c in page.html if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c != "\n"}
     assert unseen == set()
     assert "{{7*7}}" in page.html

@@ -197,6 +197,85 @@ def test_filters_search_and_sort(browser: Browser, page: Path) -> None:
     assert browser.trouble() == []
 
 
+def cards(browser: Browser) -> list[str]:
+    return browser.js("[...document.querySelectorAll('.card .number')].map((e) => e.textContent)")
+
+
+def count(browser: Browser) -> str:
+    return browser.js("document.getElementById('count').textContent")
+
+
+def follow(browser: Browser, link: str) -> None:
+    browser.js(f"document.querySelector({json.dumps(link)}).click()")
+    time.sleep(0.1)
+
+
+def test_a_row_leads_to_its_latents_by_nats_and_their_tokens_in_two_clicks(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    follow(browser, '#verdict a[href="#row=refusal"]')
+    latents = [4 + 12 * k for k in range(5)]
+    assert cards(browser) == [f"Latent {latent}" for latent in latents]
+    assert count(browser) == "5 latents with most nats in refusal, most first. Reset shows all 60."
+    # nats per category, the largest first, that of the row set off; beside it the other measures
+    nats = browser.js("[...document.querySelectorAll('.card .nats .own')].map((e) => e.textContent)")
+    assert nats == [f"refusal −0.0{5 - k}00" for k in range(5)]
+    assert browser.js("document.querySelectorAll('.card .nats')[0].querySelectorAll('.part').length") == 6
+    names = browser.js("[...document.querySelector('.card').querySelectorAll('dt')].map((e) => e.textContent)")
+    assert {"Δ norm", "ν error", "ν reconstruction", "cosine"} <= set(names)
+    assert browser.js("document.querySelectorAll('.card .context .peak').length") == 5 * 3
+    # the second click: one of them alone
+    follow(browser, f'#verdict a[href="#latent={latents[2]}"]')
+    assert cards(browser) == [f"Latent {latents[2]}"]
+    assert browser.js("document.querySelectorAll('.card .own').length") == 0
+    browser.js("document.getElementById('filters').reset()")
+    time.sleep(0.1)
+    assert browser.js("location.hash") == "#latents" and len(cards(browser)) == 20
+    # the same row again, and once more where the address already says so
+    for _ in range(2):
+        follow(browser, '#verdict a[href="#row=refusal"]')
+        assert len(cards(browser)) == 5
+        browser.js("scrollTo(0, 0)")
+    assert browser.trouble() == []
+
+
+def test_a_row_of_two_runs_shows_the_latents_of_each_or_of_both(
+    browser: Browser, make_triangulated: Callable[..., Path], tmp_path: Path
+) -> None:
+    browser.open(build_report(make_triangulated(tmp_path)))
+    follow(browser, '#verdict a[href="#row=self-reference&run=simpo"]')
+    hrefs = "[...document.querySelectorAll('.card .number')].map((e) => e.getAttribute('href'))"
+    assert browser.js(hrefs) == [f"#latent={5 + 12 * k}&run=simpo" for k in range(5)]
+    follow(browser, '#verdict a[href="#row=self-reference"]')
+    assert browser.js(hrefs) == [f"#latent={5 + 12 * k}&run={name}" for name in ("it", "simpo") for k in range(5)]
+
+
+def test_rows_of_hostile_names_open_their_own_latents(browser: Browser, hostile_run: Path) -> None:
+    path = build_report(hostile_run)
+    browser.open(path)
+    rows = browser.js("[...document.querySelectorAll('#verdict th a')].map((e) => [e.textContent, e.hash])")
+    written = json.loads((hostile_run / "compare/verdict.json").read_text())["comparisons"][0]["rows"]
+    # as the made-up run plants them, every 16th of 80 cards
+    wanted = {
+        visible(row["category"]): [f"Latent {(i + 16 * k) % 80}" for k in range(5)] for i, row in enumerate(written)
+    }
+    assert {name for name, _ in rows} == set(wanted)
+    for name, fragment in rows:
+        browser.js(f"location.hash = {json.dumps(fragment)}")
+        time.sleep(0.05)
+        assert cards(browser) == wanted[name]
+        assert count(browser).startswith(f"5 latents with most nats in {name}, most first.")
+    assert browser.js("window.__pwned") is None
+    assert browser.requests() == [path.as_uri()]
+    assert browser.trouble() == []
+
+
+def test_a_latent_without_a_category_says_so(browser: Browser, page: Path) -> None:
+    browser.open(page, "#latent=12")
+    assert (
+        browser.js("document.querySelector('.card .meta').textContent") == "no one category stands out, by baseline-1"
+    )
+
+
 def test_a_latent_can_be_linked_to(browser: Browser, make_triangulated: Callable[..., Path], tmp_path: Path) -> None:
     path = build_report(make_triangulated(tmp_path))
     browser.open(path, "#latent=7&run=simpo")
