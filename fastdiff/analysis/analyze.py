@@ -102,7 +102,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
     """
     source, target = directory_of(run, config.train_seed), run / "analysis"
     settings = config.model_dump()
-    with rundir.locked(run):
+    with rundir.locked(run) as lock:
         finished = finished_seeds(run)
         if finished and config.train_seed not in finished:
             seeds = ", ".join(map(str, finished))
@@ -111,7 +111,8 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         inputs = {"model": trained["outputs"]["model.safetensors"], "store": trained["inputs"]["store"]}
         others, hashes = comparable(run, finished, config.train_seed, inputs["store"], progress)
         inputs |= hashes
-        if rundir.is_done(target, "analyze", settings, inputs):
+        stage = lock.stage(target, "analyze", settings, inputs, OUTPUTS)
+        if stage.up_to_date():
             progress.say(f"analyze: {target} is up to date")
             return target
         crosscoder, facts = load_crosscoder(source)
@@ -121,16 +122,13 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         with ActivationStore(store_path or _store_of(run)) as store:
             if store.sha256() != inputs["store"]:
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
-            rundir.begin(target)
-            _analyze(store, crosscoder, facts, others, config, target, progress)
-        rundir.record(run, "analyze", settings)
-        rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
+            with stage:
+                _analyze(store, crosscoder, facts, others, config, target, progress)
     return target
 
 
 def _store_of(run: Path) -> Path:
-    manifest = rundir.read_json(run / "manifest.json")
-    path = Path(manifest["stages"]["train"]["store"])
+    path = Path(rundir.read_manifest(run)["stages"]["train"]["store"])
     if not path.exists():
         raise InputError(f"{path}: the store this run was trained on is gone; give its new place with --store")
     return path

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import rundir
-from fastdiff.crosscoder.saved import CONFIG
+from fastdiff.crosscoder.saved import read_config
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.progress import Progress
 
@@ -24,12 +24,12 @@ def comparable(
     A seed that was trained on something else is left out, and that is said.
     """
     others, hashes = {}, {}
-    mine = _space(rundir.read_json(directory_of(run, seed) / CONFIG))
+    mine = _space(read_config(directory_of(run, seed)))
     for other, directory in finished.items():
         if other == seed:
             continue
         trained = rundir.require_done(directory, f"fastdiff train STORE -o {run} --seed {other}")
-        space = _space(rundir.read_json(directory / CONFIG))
+        space = _space(read_config(directory))
         differ = ["store"] * (trained["inputs"]["store"] != store_sha256)
         differ += [name for name, value in space.items() if value != mine[name]]
         if differ:

@@ -32,17 +32,16 @@ def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> 
     """
     analysis, target = run / "analysis", run / "annotate"
     settings = config.model_dump()
-    with rundir.locked(run):
+    with rundir.locked(run) as lock:
         inputs = dict(rundir.require_done(analysis, f"fastdiff analyze {run}")["outputs"])
-        if rundir.is_done(target, "annotate", settings, inputs):
+        stage = lock.stage(target, "annotate", settings, inputs, ["labels.jsonl"])
+        if stage.up_to_date():
             progress.say(f"annotate: {target} is up to date")
             return target
-        rundir.begin(target)
-        labels = _baseline(analysis, config)
-        lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
-        rundir.write_text(target / "labels.jsonl", "".join(lines))
-        rundir.record(run, "annotate", settings)
-        rundir.finish(target, "annotate", settings, inputs, ["labels.jsonl"])
+        with stage:
+            labels = _baseline(analysis, config)
+            lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
+            rundir.write_text(target / "labels.jsonl", "".join(lines))
         unclear = sum(label.category == UNINTERPRETABLE for label in labels)
         progress.say(f"annotate: {len(labels)} latents labelled, {unclear} of them {UNINTERPRETABLE}")
     return target

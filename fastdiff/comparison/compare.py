@@ -96,11 +96,12 @@ def compare(
     paths = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]
     target = out / "compare"
     settings: dict[str, Any] = {**config.model_dump(), "names": names, "paths": paths}
-    with rundir.locked(out):
+    with rundir.locked(out) as lock:
         inputs: dict[str, str] = {}
         for name, run in zip(names, runs, strict=True):
             inputs |= {f"{name}/{file}": sha for file, sha in _inputs(run).items()}
-        if rundir.is_done(target, "compare", settings, inputs):
+        stage = lock.stage(target, "compare", settings, inputs, OUTPUTS)
+        if stage.up_to_date():
             progress.say(f"compare: {target} is up to date")
             return target
         facts = [_facts(run) for run in runs]
@@ -109,18 +110,16 @@ def compare(
                 f"{names[0]} and {names[1]} have different base models, layers or hooks "
                 f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs them in common"
             )
-        rundir.begin(target)
-        sides = [_exclusive(run) for run in runs]
-        comparisons = _comparisons(names, facts, sides, config)
-        rundir.write_text(target / "categories.csv", _csv(comparisons, config))
-        described = [
-            {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
-            for name, path, fact in zip(names, paths, facts, strict=True)
-        ]
-        statistics = _statistics(comparisons, described, config)
-        rundir.write_json(target / "statistics.json", statistics)
-        rundir.record(out, "compare", settings)
-        rundir.finish(target, "compare", settings, inputs, OUTPUTS)
+        with stage:
+            sides = [_exclusive(run) for run in runs]
+            comparisons = _comparisons(names, facts, sides, config)
+            rundir.write_text(target / "categories.csv", _csv(comparisons, config))
+            described = [
+                {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
+                for name, path, fact in zip(names, paths, facts, strict=True)
+            ]
+            statistics = _statistics(comparisons, described, config)
+            rundir.write_json(target / "statistics.json", statistics)
         for sentence in statistics["verdict"]:
             progress.say(f"compare: {sentence}")
     return target
