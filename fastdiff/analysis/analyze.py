@@ -30,17 +30,18 @@ from fastdiff.analysis.classes import CLASSES, classify, decoder_cosine, delta_n
 from fastdiff.analysis.examples import display, write_examples
 from fastdiff.analysis.firing import Firing
 from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu
-from fastdiff.analysis.seeds import comparable, finished_seeds
 from fastdiff.analysis.stability import SAMPLE, stability
 from fastdiff.config import AnalyzeConfig
 from fastdiff.crosscoder.metrics import Quality
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.rows import evaluation_rows, spread_rows
 from fastdiff.crosscoder.saved import load_crosscoder
+from fastdiff.crosscoder.seeds import comparable, finished_seeds, store_of
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.analysis import SUMMARY, SUMMARY_SCHEMA
 from fastdiff.store.reader import ActivationStore
 
 COLUMNS = {
@@ -71,7 +72,7 @@ COLUMNS = {
     "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
     "other seeds, or if it fired on none of the tokens compared",
 }
-OUTPUTS = ["latents.csv", "summary.json", "firing.safetensors", "examples.sqlite"]
+OUTPUTS = ["latents.csv", SUMMARY, "firing.safetensors", "examples.sqlite"]
 # share of the cards that show latents both models have, as a control for the reader and the annotator
 _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
@@ -119,19 +120,12 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         crosscoder.to(resolve_device(config.device))
         if facts["n_models"] != 2:
             raise InputError(f"{source}: a crosscoder of {facts['n_models']} models; analyze compares exactly two")
-        with ActivationStore(store_path or _store_of(run)) as store:
+        with ActivationStore(store_path or store_of(run)) as store:
             if store.sha256() != inputs["store"]:
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
             with stage:
                 _analyze(store, crosscoder, facts, others, config, target, progress)
     return target
-
-
-def _store_of(run: Path) -> Path:
-    path = Path(rundir.read_manifest(run)["stages"]["train"]["store"])
-    if not path.exists():
-        raise InputError(f"{path}: the store this run was trained on is gone; give its new place with --store")
-    return path
 
 
 def _analyze(
@@ -179,9 +173,9 @@ def _analyze(
     delta, fired = table["delta_norm"], firing.count > 0
     counts, edges = np.histogram(delta[fired & np.isfinite(delta)], bins=40, range=(0, 1))
     rundir.write_json(
-        target / "summary.json",
+        target / SUMMARY,
         {
-            "schema": rundir.SCHEMA,
+            "schema": SUMMARY_SCHEMA,
             "n_tokens": len(rows),
             "dict_size": crosscoder.dict_size,
             "activation": crosscoder.activation,

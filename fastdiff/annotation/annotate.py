@@ -4,7 +4,6 @@ import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -13,6 +12,7 @@ from fastdiff import rundir
 from fastdiff.annotation.baseline import UNINTERPRETABLE, Label, annotate_baseline
 from fastdiff.config import AnnotateConfig
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.analysis import read_analysis_summary
 
 
 def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> Path:
@@ -39,7 +39,7 @@ def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> 
             progress.say(f"annotate: {target} is up to date")
             return target
         with stage:
-            labels = _baseline(analysis, config)
+            labels = _baseline(run, config)
             lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
             rundir.write_text(target / "labels.jsonl", "".join(lines))
         unclear = sum(label.category == UNINTERPRETABLE for label in labels)
@@ -60,8 +60,8 @@ def read_labels(run: Path) -> dict[int, Label]:
     return {label.latent: label for label in labels}
 
 
-def _baseline(analysis: Path, config: AnnotateConfig) -> list[Label]:
-    summary: dict[str, Any] = rundir.read_json(analysis / "summary.json")
+def _baseline(run: Path, config: AnnotateConfig) -> list[Label]:
+    summary, analysis = read_analysis_summary(run), run / "analysis"
     fired = load_file(analysis / "firing.safetensors")["documents_by_source"]
     # sources of the same category are one category; a data set without categories is its own
     names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]

@@ -4,8 +4,9 @@ One run compares the latents only the base model has (lost by tuning) with those
 (gained). Two runs with the same base are triangulated as in Boughorbel et al. 2025: what each tuned model
 gained over the base is compared with what the other did, and likewise what each lost.
 
-    <dir>/compare/categories.csv      one row per comparison and category
-    <dir>/compare/statistics.json     sides, totals, verdict in sentences, method
+    <dir>/compare/verdict.json        what was gained and lost, by behaviour and nats; see `fastdiff.results.verdict`
+    <dir>/compare/categories.csv      the paper's view, by specific latents: one row per comparison and category
+    <dir>/compare/statistics.json     its sides, totals, sentences and method
 """
 
 import csv
@@ -20,10 +21,14 @@ from typing import Any
 from fastdiff import rundir
 from fastdiff.annotation.annotate import read_labels
 from fastdiff.annotation.baseline import UNINTERPRETABLE
+from fastdiff.comparison.evidence import attribution_inputs, run_evidence, verdict_file
 from fastdiff.comparison.statistics import Difference, compare_shares
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.analysis import read_analysis_summary
+from fastdiff.results.statistics import STATISTICS, STATISTICS_SCHEMA
+from fastdiff.results.verdict import write as write_verdict
 
 COLUMNS = (
     *("comparison", "category", "side_a", "side_b"),
@@ -31,7 +36,7 @@ COLUMNS = (
     *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
     *("p", "q", "mass_a", "mass_b", "significant"),
 )
-OUTPUTS = ["categories.csv", "statistics.json"]
+OUTPUTS = ["categories.csv", "statistics.json", "verdict.json"]
 _UNLABELLED = "unlabelled"
 _NO_CATEGORY = (UNINTERPRETABLE, _UNLABELLED)
 
@@ -99,7 +104,9 @@ def compare(
     with rundir.locked(out) as lock:
         inputs: dict[str, str] = {}
         for name, run in zip(names, runs, strict=True):
-            inputs |= {f"{name}/{file}": sha for file, sha in _inputs(run).items()}
+            inputs |= {f"{name}/{file}": sha for file, sha in (_inputs(run) | attribution_inputs(run)).items()}
+        if config.null_run is not None:
+            inputs |= {f"--null/{file}": sha for file, sha in _null_inputs(config.null_run).items()}
         stage = lock.stage(target, "compare", settings, inputs, OUTPUTS)
         if stage.up_to_date():
             progress.say(f"compare: {target} is up to date")
@@ -110,6 +117,17 @@ def compare(
                 f"{names[0]} and {names[1]} have different base models, layers or hooks "
                 f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs them in common"
             )
+        null = None
+        if config.null_run is not None:
+            null = run_evidence(Path(config.null_run), name=config.null_run, base="", tuned="")
+        verdict = verdict_file(
+            [
+                run_evidence(run, name=name, base=fact["base"], tuned=fact["tuned"])
+                for name, run, fact in zip(names, runs, facts, strict=True)
+            ],
+            config,
+            null,
+        )
         with stage:
             sides = [_exclusive(run) for run in runs]
             comparisons = _comparisons(names, facts, sides, config)
@@ -118,10 +136,11 @@ def compare(
                 {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
                 for name, path, fact in zip(names, paths, facts, strict=True)
             ]
-            statistics = _statistics(comparisons, described, config)
-            rundir.write_json(target / "statistics.json", statistics)
-        for sentence in statistics["verdict"]:
-            progress.say(f"compare: {sentence}")
+            rundir.write_json(target / STATISTICS, _statistics(comparisons, described, config))
+            write_verdict(target / "verdict.json", verdict)
+        for comparison in verdict.comparisons:
+            for sentence in comparison.sentences:
+                progress.say(f"compare: {comparison.name}: {sentence}")
     return target
 
 
@@ -135,6 +154,21 @@ def _inputs(run: Path) -> dict[str, str]:
     return {f"{name}/{file}": sha for name, done in stages.items() for file, sha in done["outputs"].items()}
 
 
+def _null_inputs(null: str) -> dict[str, str]:
+    """Hashes of the A/A run's attribution.
+
+    Raises:
+        InputError: It has none.
+    """
+    run = Path(null)
+    if not run.is_dir():
+        raise InputError(f"--null {null}: no such run directory")
+    found = attribution_inputs(run)
+    if not found:
+        raise InputError(f"--null {null}: has no attribution; run `fastdiff attribute {null}` first")
+    return found
+
+
 def _names(runs: list[Path]) -> list[str]:
     names = [run.resolve().name for run in runs]
     # the comparisons between two runs have these names
@@ -143,7 +177,7 @@ def _names(runs: list[Path]) -> list[str]:
 
 
 def _facts(run: Path) -> dict[str, str]:
-    summary = rundir.read_json(run / "analysis" / "summary.json")
+    summary = read_analysis_summary(run)
     base, tuned = summary["models"]
     names = [Path(model["name"]).name for model in (base, tuned)]
     if names[0] == names[1]:
@@ -160,7 +194,7 @@ def _identity(base: dict[str, Any], run: Path) -> str:
     weights = base.get("weights_sha256") or base.get("revision")
     if weights is None:
         # a store that does not say is only the same as itself
-        weights = rundir.read_json(run / "analysis" / rundir.DONE)["inputs"]["store"]
+        weights = rundir.read_json(run / "analysis" / rundir.DONE, rundir.DONE_SCHEMA)["inputs"]["store"]
     return f"{weights} {base.get('layer')} {base.get('hook')}"
 
 
@@ -169,7 +203,7 @@ def _exclusive(run: Path) -> dict[str, LatentSet]:
     labels = read_labels(run)
     counts: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
     mass: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
-    sources = rundir.read_json(run / "analysis" / "summary.json")["sources"]
+    sources = read_analysis_summary(run)["sources"]
     known = {source["category"] for source in sources if source["category"]}
     for category in known | {label.category for label in labels.values()}:
         for side in counts:  # every category is in the table, also where nothing changed
@@ -281,7 +315,7 @@ def _share(mass: Mapping[str, float], category: str) -> float:
 
 def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], config: CompareConfig) -> dict[str, Any]:
     return {
-        "schema": rundir.SCHEMA,
+        "schema": STATISTICS_SCHEMA,
         "kind": "pair" if len(runs) == 1 else "triangulated",
         "alpha": config.alpha,
         "confidence": config.confidence,

@@ -54,6 +54,15 @@ class Document:
     answers: tuple[str, ...]
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        """The document as a conversation: what is given is the user's, the answers are the assistant's."""
+        return [
+            {"role": role, "content": content}
+            for pair in zip(self.given, self.answers, strict=True)
+            for role, content in zip(("user", "assistant"), pair, strict=True)
+        ]
+
+    @property
     def text(self) -> str:
         """The whole document on one line."""
         return " ".join(part for pair in zip(self.given, self.answers, strict=True) for part in pair)

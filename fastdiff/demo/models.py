@@ -55,6 +55,7 @@ _OUTPUTS = [
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
 ]
@@ -64,9 +65,9 @@ _OUTPUTS = [
 class Recipe:
     """How much is trained and analysed."""
 
-    base_steps: int = 110
-    it_steps: int = 150
-    simpo_steps: int = 100
+    base_steps: int = 220
+    it_steps: int = 220
+    simpo_steps: int = 140
     batch: int = 64
     documents_per_category: int = 500
     texts_per_category: int = 340
@@ -197,7 +198,7 @@ def _make_texts(lock: rundir.Lock, directory: Path, seed: int, recipe: Recipe) -
     if not stage.up_to_date():
         with stage:
             corpus = documents(_seed(seed, "texts"), recipe.texts_per_category, dict.fromkeys(HAS, "rule"))
-            lines = [json.dumps({"text": d.text, "category": d.category}, ensure_ascii=False) for d in corpus]
+            lines = [json.dumps({"messages": d.messages, "category": d.category}, ensure_ascii=False) for d in corpus]
             rundir.write_text(directory / "texts.jsonl", "\n".join(lines) + "\n")
     return directory / "texts.jsonl"
 

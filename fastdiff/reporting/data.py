@@ -33,6 +33,10 @@ from fastdiff.reporting.schema import (
     Table,
     Truth,
 )
+from fastdiff.results.analysis import SUMMARY, read_analysis_summary
+from fastdiff.results.attribution import DIRECTORY as ATTRIBUTION
+from fastdiff.results.statistics import STATISTICS, STATISTICS_SCHEMA, TRUTH_SCHEMA
+from fastdiff.results.verdict import read as read_verdict
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -65,7 +69,10 @@ def read_findings(directory: Path) -> Findings:
     if not (compare / rundir.DONE).exists() and (directory / "crosscoder").exists():
         _require_run(directory)
     stages = {"compare": rundir.require_done(compare, f"fastdiff compare {directory}")}
-    statistics = _parsed(Statistics, compare / "statistics.json")
+    if "verdict.json" not in stages["compare"]["outputs"]:
+        # of a version that decided by counts of latents alone
+        raise InputError(f"{compare}: has no verdict.json; run the same `fastdiff compare` again")
+    statistics = _parsed(Statistics, compare / STATISTICS, STATISTICS_SCHEMA, "fastdiff compare")
     table = _read_csv(compare / "categories.csv", (*CATEGORY_TEXT, *_CATEGORY_NUMBERS))
     runs = [_read_run(directory / name.path, name) for name in statistics.runs]
     compared = {
@@ -74,15 +81,23 @@ def read_findings(directory: Path) -> Findings:
         for stage in ("analysis", "annotate")
         for file, sha in run.stages[stage]["outputs"].items()
     }
-    if stages["compare"]["inputs"] != compared:
+    compared |= {
+        f"{run.name}/attribution/{file}": sha
+        for run in runs
+        if "attribution" in run.stages
+        for file, sha in run.stages["attribution"]["outputs"].items()
+    }
+    read = {name: sha for name, sha in stages["compare"]["inputs"].items() if not name.startswith("--null/")}
+    if read != compared:
         raise InputError(f"{compare}: compares an older analysis; run the same `fastdiff compare` again")
     truth_path = compare / "truth.json"
     return Findings(
         path=directory,
         statistics=statistics,
+        verdict=read_verdict(compare / "verdict.json"),
         category_table=table,
         categories=_category_rows(compare / "categories.csv", table),
-        truth=_parsed(Truth, truth_path) if truth_path.exists() else None,
+        truth=_parsed(Truth, truth_path, TRUTH_SCHEMA, "fastdiff demo") if truth_path.exists() else None,
         runs=runs,
         stages=stages,
         commands=_read_manifest(directory)[0],
@@ -100,9 +115,12 @@ def _require_run(path: Path) -> dict[str, dict[str, Any]]:
 def _read_run(path: Path, name: RunName) -> Run:
     stages = _require_run(path)
     seed = stages["analysis"]["config"].get("train_seed", 0)
+    attributed = path / ATTRIBUTION / rundir.DONE
+    if attributed.exists():
+        stages = {"attribution": rundir.read_json(attributed, rundir.DONE_SCHEMA), **stages}
     trained = path / "crosscoder" / f"seed-{seed}" / rundir.DONE
     if trained.exists():
-        stages = {"crosscoder": rundir.read_json(trained), **stages}
+        stages = {"crosscoder": rundir.read_json(trained, rundir.DONE_SCHEMA), **stages}
         if stages["analysis"]["inputs"]["model"] != stages["crosscoder"]["outputs"]["model.safetensors"]:
             raise InputError(f"{path / 'analysis'}: of another crosscoder; run `fastdiff analyze {path}` again")
     commands, versions = _read_manifest(path)
@@ -116,7 +134,7 @@ def _read_run(path: Path, name: RunName) -> Run:
         path=path,
         base=name.base,
         tuned=name.tuned,
-        summary=_parsed(Summary, path / "analysis" / "summary.json"),
+        summary=_validated(Summary, read_analysis_summary(path), path / "analysis" / SUMMARY),
         latents=latents,
         labels=_read_labels(path / "annotate" / "labels.jsonl"),
         cards=cards,
@@ -129,8 +147,8 @@ def _read_run(path: Path, name: RunName) -> Run:
     )
 
 
-def _parsed(model: type[T], path: Path) -> T:
-    return _validated(model, rundir.read_json(path), path)
+def _parsed(model: type[T], path: Path, schema: int, command: str) -> T:
+    return _validated(model, rundir.read_json(path, schema, command), path)
 
 
 def _validated(model: type[T], value: Any, where: object) -> T:
@@ -284,7 +302,7 @@ def _read_manifest(path: Path) -> tuple[list[str], dict[str, str]]:
         return [], {}
     commands: list[str] = []
     versions: dict[str, str] = {}
-    for stage, facts in rundir.read_json(manifest)["stages"].items():
+    for stage, facts in rundir.read_json(manifest, rundir.MANIFEST_SCHEMA)["stages"].items():
         if stage == "report":
             continue
         program, *arguments = facts["command"]
