@@ -43,6 +43,7 @@ from fastdiff.annotation.baseline import UNINTERPRETABLE, Activity, annotate_bas
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.seeds import store_of
 from fastdiff.crosscoder.train import directory_of
+from fastdiff.results.analysis import read_analysis_summary
 from fastdiff.store.reader import ActivationStore
 
 SHOWN = 8
@@ -211,7 +212,7 @@ def latent_groups(run: Path, dict_size: int) -> dict[str, np.ndarray]:
     """[F] bool of all latents, of those with a card, and of those of the verdict's rows."""
     with sqlite3.connect(run / "analysis" / "examples.sqlite") as db:
         cards = [latent for (latent,) in db.execute("SELECT latent FROM latents")]
-    summary = rundir.read_json(run / "analysis" / "summary.json")
+    summary = read_analysis_summary(run)
     groups = {"all": np.arange(dict_size), "cards": np.array(cards), "by_nats": np.array(summary["by_nats"])}
     return {name: np.isin(np.arange(dict_size), chosen) for name, chosen in groups.items()}
 

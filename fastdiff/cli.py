@@ -112,13 +112,14 @@ def train(
     fastdiff train acts/ -o run/ --dict-size 32768 --k 100 --steps 20000
     """
     from fastdiff.config import TrainConfig
+    from fastdiff.crosscoder.saved import CONFIG, SCHEMA
     from fastdiff.crosscoder.train import train_seeds
     from fastdiff.rundir import read_json
 
     config = resolve(TrainConfig, "train", config_file, settings, given)
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     # what training found; a crosscoder of a version before it says nothing
-    left_out = read_json(directories[0] / "config.json").get("left_out")
+    left_out = read_json(directories[0] / CONFIG, SCHEMA).get("left_out")
     print_result(
         as_json,
         "\n".join(map(str, directories)),
@@ -168,11 +169,11 @@ def analyze(
     """
     from fastdiff.analysis.analyze import analyze as analyze_run
     from fastdiff.config import AnalyzeConfig
-    from fastdiff.rundir import read_json
+    from fastdiff.results.analysis import read_analysis_summary
 
     config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
     directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
-    summary = read_json(directory / "summary.json")
+    summary = read_analysis_summary(run)
     shown = {
         key: summary.get(key)
         for key in ("left_out", "classes", "specific", "never_fired", "stability", "splice", "quality")

@@ -9,6 +9,18 @@ A stage is a directory whose `DONE.json` is written last:
 `key` is the sha256 of stage, config and inputs. A stage counts as done only while its key is the wanted one
 and every output still has the hash written there; a file that merely exists proves nothing. No hashed file
 holds the time of day.
+
+Every stage goes through the same frame, so that none forgets a part of it:
+
+    with rundir.locked(run) as lock:
+        …                                        # read the inputs, which nobody else can change now
+        stage = lock.stage(directory, "analyze", settings, inputs, OUTPUTS)
+        if stage.up_to_date():
+            return
+        …                                        # refuse what cannot be done; earlier results still stand
+        with stage:                              # takes the mark away
+            …                                    # write the outputs
+                                                 # recorded in fastdiff.yaml and manifest.json, and only then done
 """
 
 import errno
@@ -20,8 +32,9 @@ import platform
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,8 +45,10 @@ from safetensors import SafetensorError
 import fastdiff
 from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
 
-SCHEMA = 1
-DONE = "DONE.json"
+DONE, MANIFEST = "DONE.json", "manifest.json"
+# each file format has a number of its own, beside what writes it
+DONE_SCHEMA = 1
+MANIFEST_SCHEMA = 1
 
 
 def canonical_json(value: Any) -> str:
@@ -115,8 +130,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, schema: int | None = SCHEMA) -> Any:
-    """Read JSON and check its schema version.
+def read_json(path: Path, schema: int | None, command: str | None = None) -> Any:
+    """Read JSON and check its schema number.
+
+    Args:
+        path: The file.
+        schema: The number that this fastdiff reads and writes; None for a file that has none.
+        command: What makes the file anew, for the message.
 
     Raises:
         InputError: The file is missing, not JSON, or of another schema.
@@ -129,13 +149,17 @@ def read_json(path: Path, schema: int | None = SCHEMA) -> Any:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if schema is not None and (not isinstance(value, dict) or value.get("schema") != schema):
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{path}: schema {found!r}, but this fastdiff ({fastdiff.__version__}) reads {schema}")
+        again = f"; run `{command}` again" if command else ""
+        raise InputError(f"{path}: schema {found!r}, but this fastdiff ({fastdiff.__version__}) reads {schema}{again}")
     return value
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator["Lock"]:
     """Hold the directory's `.lock`, so that no second process writes there.
+
+    Yields:
+        What stages of this directory are made with.
 
     Raises:
         LockedError: Another process holds it; the message says which.
@@ -159,7 +183,81 @@ def locked(directory: Path) -> Iterator[None]:
         f.truncate()
         f.write(f"process {os.getpid()} on {platform.node()}")
         f.flush()
-        yield
+        yield Lock(directory)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """That this process alone writes to a run; only through it are stages made."""
+
+    run: Path
+
+    def stage(
+        self,
+        directory: Path,
+        name: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        outputs: Sequence[str],
+        *,
+        schemas: Mapping[str, int] | None = None,
+        recorded: bool = True,
+    ) -> "Stage":
+        """A stage of this run.
+
+        Args:
+            directory: Where its results are.
+            name: The command that makes it.
+            settings: Its resolved configuration.
+            inputs: sha256 of all it reads, by name.
+            outputs: The files it writes, relative to `directory`.
+            schemas: Schema numbers of those among `outputs` that are JSON with one; in another they are not up to date.
+            recorded: Whether fastdiff.yaml and manifest.json of the run speak of it.
+        """
+        return Stage(
+            self.run, directory, name, dict(settings), dict(inputs), tuple(outputs), dict(schemas or {}), recorded
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, see the module: its files change only inside `with stage:`.
+
+    Leaving that block well records the stage and then marks it as done, in this order: a process that dies in between
+    leaves a stage that is done again, instead of one that counts as done and that the manifest knows nothing of.
+    Leaving it by an exception does neither.
+    """
+
+    run: Path
+    directory: Path
+    name: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: tuple[str, ...]
+    schemas: dict[str, int]
+    recorded: bool
+    facts: dict[str, Any] = field(default_factory=dict)  # what the manifest is to say beside the usual
+
+    def up_to_date(self) -> bool:
+        """True if the directory holds this very stage, complete, unchanged and in the formats of today."""
+        return is_done(self.directory, self.name, self.settings, self.inputs) and all(
+            read_json(self.directory / file, None).get("schema") == schema for file, schema in self.schemas.items()
+        )
+
+    def begin(self) -> None:
+        """Take the mark away, for a stage whose files change before the block that ends it."""
+        begin(self.directory)
+
+    def __enter__(self) -> "Stage":
+        self.begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        if self.recorded:
+            record(self.run, self.name, self.settings, **self.facts)
+        finish(self.directory, self.name, self.settings, self.inputs, self.outputs)
 
 
 def is_done(directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
@@ -167,7 +265,7 @@ def is_done(directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapp
     path = directory / DONE
     if not path.exists():
         return False
-    done = read_json(path)
+    done = read_json(path, DONE_SCHEMA)
     if done.get("key") != _stage_key(stage, config, inputs):
         return False
     return _changed_output(directory, done) is None
@@ -180,13 +278,13 @@ def begin(directory: Path) -> None:
 
 
 def finish(
-    directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], outputs: list[str]
+    directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str], outputs: Iterable[str]
 ) -> None:
     """Mark a stage as done: hash its outputs and write `DONE.json`."""
     write_json(
         directory / DONE,
         {
-            "schema": SCHEMA,
+            "schema": DONE_SCHEMA,
             "stage": stage,
             "key": _stage_key(stage, config, inputs),
             "config": dict(config),
@@ -204,7 +302,7 @@ def require_done(directory: Path, command: str) -> dict[str, Any]:
     """
     if not (directory / DONE).exists():
         raise InputError(f"{directory}: not there or not complete; run `{command}` first")
-    done: dict[str, Any] = read_json(directory / DONE)
+    done: dict[str, Any] = read_json(directory / DONE, DONE_SCHEMA, command)
     changed = _changed_output(directory, done)
     if changed is not None:
         raise InputError(f"{directory / changed}: gone or changed since it was written; run `{command}` again")
@@ -229,18 +327,19 @@ def record(run: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> No
     Raises:
         InputError: One of the two is there and cannot be read.
     """
-    config_path, manifest_path = run / "fastdiff.yaml", run / "manifest.json"
+    config_path, manifest_path = run / "fastdiff.yaml", run / MANIFEST
     try:
         resolved = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{config_path}: not readable as YAML; delete it and run again") from error
     if not isinstance(resolved, dict | None):
         raise InputError(f"{config_path}: no sections in it; delete it and run again")
-    sections = {**(resolved or {}), stage: dict(config)}
-    write_text(config_path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
-    manifest: dict[str, Any] = {"schema": SCHEMA, "stages": {}}
+    if config:
+        sections = {**(resolved or {}), stage: dict(config)}
+        write_text(config_path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+    manifest: dict[str, Any] = {"schema": MANIFEST_SCHEMA, "stages": {}}
     if manifest_path.exists():
-        manifest = read_json(manifest_path)
+        manifest = read_manifest(run)
     manifest["stages"][stage] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -248,6 +347,16 @@ def record(run: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> No
         **facts,
     }
     write_json(manifest_path, manifest)
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The run's `manifest.json`: under `stages`, what each was run with.
+
+    Raises:
+        InputError: It is missing, not readable, or of another schema.
+    """
+    manifest: dict[str, Any] = read_json(run / MANIFEST, MANIFEST_SCHEMA, f"fastdiff train STORE -o {run}")
+    return manifest
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from fastdiff.progress import SILENT, Progress
 
 _PROJECT = "fastdiff"
 _IDS = "tracking.json"
+_IDS_SCHEMA = 1
 
 
 class _Tracker(Protocol):
@@ -166,10 +167,10 @@ def _labels(models: Sequence[str]) -> list[str]:
 def _curves_id(run: Path, name: str, *, new: bool) -> str:
     """The id under which packages know the curves of `name`."""
     path = run / _IDS
-    ids = dict(rundir.read_json(path)["ids"]) if path.exists() else {}
+    ids = dict(rundir.read_json(path, _IDS_SCHEMA)["ids"]) if path.exists() else {}
     if new or name not in ids:
         ids[name] = secrets.token_hex(4)
-        rundir.write_json(path, {"schema": rundir.SCHEMA, "ids": ids})
+        rundir.write_json(path, {"schema": _IDS_SCHEMA, "ids": ids})
     return str(ids[name])
 
 

@@ -223,14 +223,14 @@ class TestReading:
         path = tmp_path / "x.json"
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(InputError, match=says) as caught:
-            rundir.read_json(path)
+            rundir.read_json(path, 1)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
     def test_a_missing_file_and_a_directory_are_input_errors(self, tmp_path):
         with pytest.raises(InputError, match="no such file"):
-            rundir.read_json(tmp_path / "x.json")
+            rundir.read_json(tmp_path / "x.json", 1)
         with pytest.raises(InputError, match="not readable"):
-            rundir.read_json(tmp_path)
+            rundir.read_json(tmp_path, 1)
         with pytest.raises(InputError, match="cannot be read"):
             rundir.sha256_file(tmp_path / "x")
 
@@ -242,7 +242,7 @@ class TestReading:
     def test_written_json_reads_back(self, tmp_path):
         value = {"schema": 1, "text": "é\u2028\x85 \x00", "n": [1, 2.5, None]}
         rundir.write_json(tmp_path / "x.json", value)
-        assert rundir.read_json(tmp_path / "x.json") == value
+        assert rundir.read_json(tmp_path / "x.json", 1) == value
 
 
 def test_canonical_json_is_the_same_for_equal_values():
@@ -259,7 +259,7 @@ def test_record_keeps_what_other_stages_wrote(tmp_path):
         "train": {"k": 5},
         "analyze": {"cards": 2},
     }
-    stages = rundir.read_json(tmp_path / "manifest.json")["stages"]
+    stages = rundir.read_manifest(tmp_path)["stages"]
     assert set(stages) == {"train", "analyze"}
     assert "store" not in stages["train"] and stages["analyze"]["command"] == sys.argv
     assert stages["analyze"]["versions"]["python"].startswith("3.")
@@ -302,3 +302,88 @@ class TestEvents:
         monkeypatch.setattr(Path, "open", full)
         with pytest.raises(ResourceError, match=r"events\.jsonl: no space"):
             events.write("train", step=1)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from fastdiff import rundir
+
+run, at = Path(sys.argv[1]), int(sys.argv[2])
+steps = iter(range(100))
+
+def dying(function):
+    def instead(*arguments, **options):
+        if next(steps) == at:
+            os._exit(9)
+        return function(*arguments, **options)
+    return instead
+
+# every whole file that is written, before and after, and the mark that goes
+for name in ("begin", "write_json", "write_text"):
+    setattr(rundir, name, dying(getattr(rundir, name)))
+rundir.write_json = dying(rundir.write_json)
+with rundir.locked(run) as lock:
+    stage = lock.stage(run / "work", "work", {"k": 4}, {"store": "0"}, ["a.txt"])
+    assert not stage.up_to_date()
+    with stage:
+        rundir.write_text(run / "work" / "a.txt", "new")
+        rundir.write_text(run / "work" / "a.txt", "new")
+"""
+
+
+class TestStages:
+    def work(self, run: Path, k: int) -> bool:
+        """Make the stage; whether there was anything to do."""
+        with rundir.locked(run) as lock:
+            stage = lock.stage(run / "work", "work", {"k": k}, {"store": "0"}, ["a.txt"])
+            if stage.up_to_date():
+                return False
+            with stage:
+                rundir.write_text(run / "work" / "a.txt", str(k))
+        return True
+
+    def test_it_is_done_once(self, tmp_path):
+        assert self.work(tmp_path, 4) and not self.work(tmp_path, 4) and self.work(tmp_path, 5)
+        assert list(rundir.read_manifest(tmp_path)["stages"]) == ["work"]
+        assert yaml.safe_load((tmp_path / "fastdiff.yaml").read_text()) == {"work": {"k": 5}}
+
+    def test_killed_anywhere_it_is_done_again_or_was_recorded(self, tmp_path):
+        """Before, between and after all writes; never does a stage count as done that the manifest does not know."""
+        died = 0
+        for at in range(40):
+            run = tmp_path / str(at)
+            self.work(run, 3)
+            (run / "manifest.json").unlink()
+            code = python(KILLED, str(run), str(at)).returncode
+            assert code in (0, 9)
+            with rundir.locked(run) as lock:
+                stage = lock.stage(run / "work", "work", {"k": 4}, {"store": "0"}, ["a.txt"])
+                if stage.up_to_date():
+                    assert "work" in rundir.read_manifest(run)["stages"]
+                    assert (run / "work" / "a.txt").read_text() == "new"
+            self.work(run, 4)
+            assert not self.work(run, 4) and "work" in rundir.read_manifest(run)["stages"]
+            if code == 0:
+                break
+            died += 1
+        assert code == 0 and died >= 6
+
+    def test_an_exception_leaves_no_mark_and_no_record(self, tmp_path):
+        with rundir.locked(tmp_path) as lock:
+            stage = lock.stage(tmp_path / "work", "work", {}, {}, [])
+        with pytest.raises(RuntimeError, match="x"), stage:
+            raise RuntimeError("x")
+        assert names(tmp_path / "work") == [] and not (tmp_path / "manifest.json").exists()
+
+    def test_outputs_of_another_schema_are_not_up_to_date(self, tmp_path):
+        with rundir.locked(tmp_path) as lock:
+
+            def stage(schema):
+                schemas = {"a.json": schema}
+                return lock.stage(tmp_path / "work", "work", {}, {}, ["a.json"], schemas=schemas, recorded=False)
+
+            with stage(1):
+                rundir.write_json(tmp_path / "work" / "a.json", {"schema": 1})
+            assert stage(1).up_to_date() and not stage(2).up_to_date()
+        assert not (tmp_path / "manifest.json").exists()

@@ -45,6 +45,7 @@ from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.analysis import SUMMARY, SUMMARY_SCHEMA
 from fastdiff.results.nats import LatentNats, read_latent_nats
 from fastdiff.store.reader import ActivationStore
 
@@ -85,7 +86,7 @@ TABLES = {
     "squares_by_source": "squares_by_source",
     "peaks_by_source": "peaks_by_source",
 }
-OUTPUTS = ["latents.csv", "summary.json", "firing.safetensors", "examples.sqlite"]
+OUTPUTS = ["latents.csv", SUMMARY, "firing.safetensors", "examples.sqlite"]
 # share of the cards that show latents both models have, as a control for the reader and the annotator
 _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
@@ -116,7 +117,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
     """
     source, target = directory_of(run, config.train_seed), run / "analysis"
     settings = config.model_dump()
-    with rundir.locked(run):
+    with rundir.locked(run) as lock:
         finished = finished_seeds(run)
         if finished and config.train_seed not in finished:
             seeds = ", ".join(map(str, finished))
@@ -127,7 +128,8 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         nats, attributed = read_latent_nats(run, config.train_seed, inputs["model"])
         # an analysis by a version that wrote other tables is not up to date
         inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json(TABLES))}
-        if rundir.is_done(target, "analyze", settings, inputs):
+        stage = lock.stage(target, "analyze", settings, inputs, OUTPUTS)
+        if stage.up_to_date():
             progress.say(f"analyze: {target} is up to date")
             return target
         crosscoder, facts = load_crosscoder(source)
@@ -137,10 +139,8 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         with ActivationStore(store_path or store_of(run)) as store:
             if store.sha256() != inputs["store"]:
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
-            rundir.begin(target)
-            _analyze(store, crosscoder, facts, others, nats, config, target, progress)
-        rundir.record(run, "analyze", settings)
-        rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
+            with stage:
+                _analyze(store, crosscoder, facts, others, nats, config, target, progress)
     return target
 
 
@@ -184,9 +184,9 @@ def _analyze(
     delta, fired = table["delta_norm"], firing.count > 0
     counts, edges = np.histogram(delta[fired & np.isfinite(delta)], bins=40, range=(0, 1))
     rundir.write_json(
-        target / "summary.json",
+        target / SUMMARY,
         {
-            "schema": rundir.SCHEMA,
+            "schema": SUMMARY_SCHEMA,
             "n_tokens": len(rows),
             "dict_size": crosscoder.dict_size,
             "activation": crosscoder.activation,

@@ -4,7 +4,6 @@ import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from fastdiff.annotation.baseline import NO_CATEGORY, UNINTERPRETABLE, Activity,
 from fastdiff.config import AnnotateConfig
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.analysis import read_analysis_summary
 
 
 def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> Path:
@@ -34,17 +34,16 @@ def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> 
     """
     analysis, target = run / "analysis", run / "annotate"
     settings = config.model_dump()
-    with rundir.locked(run):
+    with rundir.locked(run) as lock:
         inputs = dict(rundir.require_done(analysis, f"fastdiff analyze {run}")["outputs"])
-        if rundir.is_done(target, "annotate", settings, inputs):
+        stage = lock.stage(target, "annotate", settings, inputs, ["labels.jsonl"])
+        if stage.up_to_date():
             progress.say(f"annotate: {target} is up to date")
             return target
-        rundir.begin(target)
-        labels = _baseline(analysis, config)
-        lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
-        rundir.write_text(target / "labels.jsonl", "".join(lines))
-        rundir.record(run, "annotate", settings)
-        rundir.finish(target, "annotate", settings, inputs, ["labels.jsonl"])
+        with stage:
+            labels = _baseline(run, config)
+            lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
+            rundir.write_text(target / "labels.jsonl", "".join(lines))
         unclear = sum(label.category == UNINTERPRETABLE for label in labels)
         progress.say(f"annotate: {len(labels)} latents labelled, {unclear} of them as of {NO_CATEGORY}")
     return target
@@ -63,8 +62,8 @@ def read_labels(run: Path) -> dict[int, Label]:
     return {label.latent: label for label in labels}
 
 
-def _baseline(analysis: Path, config: AnnotateConfig) -> list[Label]:
-    summary: dict[str, Any] = rundir.read_json(analysis / "summary.json")
+def _baseline(run: Path, config: AnnotateConfig) -> list[Label]:
+    summary, analysis = read_analysis_summary(run), run / "analysis"
     # sources of the same category are one category; a data set without categories is its own
     names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]
     categories = sorted(set(names))

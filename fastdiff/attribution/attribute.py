@@ -8,7 +8,7 @@ they were is "not checked", with the reason and what to do about it, and everyth
 import resource
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from fastdiff.results.attribution import (
     BRANCHES,
     DIRECTORY,
     FEW_DOCUMENTS,
+    OUTPUTS,
+    SCHEMA,
+    SUMMARY,
     Attribution,
     DocumentTable,
     Summary,
@@ -78,21 +81,21 @@ def attribute(
         LockedError: Another process writes to the run.
     """
     target, settings = run / DIRECTORY, config.model_dump(exclude={"enabled"})
-    with rundir.locked(run):
+    with rundir.locked(run) as lock:
         seeds, store_sha256 = _seeds(run, store_path, progress)
         inputs = {"store": store_sha256, **{f"seed-{seed}": sha256 for seed, (_, sha256) in seeds.items()}}
+        stage = lock.stage(target, "attribute", settings, inputs, OUTPUTS, schemas={SUMMARY: SCHEMA})
         # models that could not be run may have been put back since
-        if rundir.is_done(target, "attribute", settings, inputs) and read_summary(target).state == "checked":
+        if stage.up_to_date() and read_summary(target).state == "checked":
             progress.say(f"attribute: {target} is up to date")
             return target
         with ActivationStore(store_path or store_of(run)) as store:
             if store.sha256() != store_sha256:
                 raise InputError(f"{store.path}: not the store these crosscoders were trained on (its hash differs)")
             found = _attribute(store, {seed: directory for seed, (directory, _) in seeds.items()}, config, progress)
-        rundir.begin(target)
-        outputs = write_attribution(target, found)
-        rundir.record(run, "attribute", settings)
-        rundir.finish(target, "attribute", settings, inputs, outputs)
+        checked = found.summary.state == "checked"
+        with stage if checked else replace(stage, outputs=(SUMMARY,)):
+            write_attribution(target, found)
     return target
 
 

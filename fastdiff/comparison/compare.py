@@ -26,6 +26,8 @@ from fastdiff.comparison.statistics import Difference, compare_shares
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.analysis import read_analysis_summary
+from fastdiff.results.statistics import STATISTICS, STATISTICS_SCHEMA
 from fastdiff.results.verdict import write as write_verdict
 
 COLUMNS = (
@@ -99,13 +101,14 @@ def compare(
     paths = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]
     target = out / "compare"
     settings: dict[str, Any] = {**config.model_dump(), "names": names, "paths": paths}
-    with rundir.locked(out):
+    with rundir.locked(out) as lock:
         inputs: dict[str, str] = {}
         for name, run in zip(names, runs, strict=True):
             inputs |= {f"{name}/{file}": sha for file, sha in (_inputs(run) | attribution_inputs(run)).items()}
         if config.null_run is not None:
             inputs |= {f"--null/{file}": sha for file, sha in _null_inputs(config.null_run).items()}
-        if rundir.is_done(target, "compare", settings, inputs):
+        stage = lock.stage(target, "compare", settings, inputs, OUTPUTS)
+        if stage.up_to_date():
             progress.say(f"compare: {target} is up to date")
             return target
         facts = [_facts(run) for run in runs]
@@ -125,19 +128,16 @@ def compare(
             config,
             null,
         )
-        rundir.begin(target)
-        sides = [_exclusive(run) for run in runs]
-        comparisons = _comparisons(names, facts, sides, config)
-        rundir.write_text(target / "categories.csv", _csv(comparisons, config))
-        described = [
-            {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
-            for name, path, fact in zip(names, paths, facts, strict=True)
-        ]
-        statistics = _statistics(comparisons, described, config)
-        rundir.write_json(target / "statistics.json", statistics)
-        write_verdict(target / "verdict.json", verdict)
-        rundir.record(out, "compare", settings)
-        rundir.finish(target, "compare", settings, inputs, OUTPUTS)
+        with stage:
+            sides = [_exclusive(run) for run in runs]
+            comparisons = _comparisons(names, facts, sides, config)
+            rundir.write_text(target / "categories.csv", _csv(comparisons, config))
+            described = [
+                {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
+                for name, path, fact in zip(names, paths, facts, strict=True)
+            ]
+            rundir.write_json(target / STATISTICS, _statistics(comparisons, described, config))
+            write_verdict(target / "verdict.json", verdict)
         for comparison in verdict.comparisons:
             for sentence in comparison.sentences:
                 progress.say(f"compare: {comparison.name}: {sentence}")
@@ -177,7 +177,7 @@ def _names(runs: list[Path]) -> list[str]:
 
 
 def _facts(run: Path) -> dict[str, str]:
-    summary = rundir.read_json(run / "analysis" / "summary.json")
+    summary = read_analysis_summary(run)
     base, tuned = summary["models"]
     names = [Path(model["name"]).name for model in (base, tuned)]
     if names[0] == names[1]:
@@ -194,7 +194,7 @@ def _identity(base: dict[str, Any], run: Path) -> str:
     weights = base.get("weights_sha256") or base.get("revision")
     if weights is None:
         # a store that does not say is only the same as itself
-        weights = rundir.read_json(run / "analysis" / rundir.DONE)["inputs"]["store"]
+        weights = rundir.read_json(run / "analysis" / rundir.DONE, rundir.DONE_SCHEMA)["inputs"]["store"]
     return f"{weights} {base.get('layer')} {base.get('hook')}"
 
 
@@ -203,7 +203,7 @@ def _exclusive(run: Path) -> dict[str, LatentSet]:
     labels = read_labels(run)
     counts: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
     mass: dict[str, dict[str, float]] = {"base": {}, "tuned": {}}
-    sources = rundir.read_json(run / "analysis" / "summary.json")["sources"]
+    sources = read_analysis_summary(run)["sources"]
     known = {source["category"] for source in sources if source["category"]}
     for category in known | {label.category for label in labels.values()}:
         for side in counts:  # every category is in the table, also where nothing changed
@@ -315,7 +315,7 @@ def _share(mass: Mapping[str, float], category: str) -> float:
 
 def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], config: CompareConfig) -> dict[str, Any]:
     return {
-        "schema": rundir.SCHEMA,
+        "schema": STATISTICS_SCHEMA,
         "kind": "pair" if len(runs) == 1 else "triangulated",
         "alpha": config.alpha,
         "confidence": config.confidence,

@@ -53,7 +53,7 @@ def attribution_inputs(run: Path) -> dict[str, str]:
     done = rundir.require_done(directory, f"fastdiff attribute {run}")
     for name, sha256 in done["inputs"].items():
         trained = run / "crosscoder" / name / rundir.DONE
-        if trained.exists() and rundir.read_json(trained)["outputs"]["model.safetensors"] != sha256:
+        if trained.exists() and rundir.read_json(trained, rundir.DONE_SCHEMA)["outputs"]["model.safetensors"] != sha256:
             raise InputError(f"{directory}: of another crosscoder {name}; run `fastdiff attribute {run}` again")
     return {f"{DIRECTORY}/{name}": sha256 for name, sha256 in done["outputs"].items()}
 

@@ -30,6 +30,7 @@ from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.saved import (
     FORMAT,
     MODEL,
+    SCHEMA,
     describe,
     load_into,
     load_tensors,
@@ -39,7 +40,6 @@ from fastdiff.crosscoder.saved import (
 )
 from fastdiff.errors import InputError
 from fastdiff.rundir import (
-    SCHEMA,
     canonical_json,
     fsync_directory,
     full_disk,
@@ -51,6 +51,7 @@ from fastdiff.rundir import (
 )
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+STATE_SCHEMA = 1
 # keys of state.json that the trainer's state may not have
 _OWN = frozenset({"schema", "step", "versions", "sha256"})
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
@@ -110,7 +111,7 @@ class Checkpoints:
         taken = sorted(state.keys() & _OWN)
         if taken:
             raise ValueError(f"state must not have {', '.join(taken)}")
-        facts = _frozen({"schema": SCHEMA, "step": step, **state})
+        facts = _frozen({"schema": STATE_SCHEMA, "step": step, **state})
         self._end("checkpoint")
         weights, others = _host_copy(crosscoder.state_dict()), _host_copy(tensors)
         self._start("checkpoint", self._write, step, weights, others, facts)
@@ -220,7 +221,7 @@ class Checkpoints:
             try:
                 temporary.mkdir()
                 save_tensors(temporary / MODEL, weights, {"format": FORMAT, "schema": SCHEMA})
-                save_tensors(temporary / OPTIMIZER, tensors, {"schema": SCHEMA})
+                save_tensors(temporary / OPTIMIZER, tensors, {"schema": STATE_SCHEMA})
                 facts = {**facts, "versions": versions()}
                 hashes = {name: sha256_file(temporary / name) for name in (MODEL, OPTIMIZER)}
                 own = sha256_text(canonical_json({**facts, "sha256": hashes}))
@@ -288,7 +289,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     Raises:
         InputError: A file is missing, changed, or of another schema.
     """
-    state: dict[str, Any] = read_json(path / STATE)
+    state: dict[str, Any] = read_json(path / STATE, STATE_SCHEMA)
     hashes = state.get("sha256")
     if not isinstance(hashes, dict):
         raise InputError(f"{path / STATE}: has no sha256")

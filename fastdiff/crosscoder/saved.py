@@ -27,9 +27,10 @@ from torch import Tensor
 
 from fastdiff.crosscoder.model import CodeNorm, Crosscoder
 from fastdiff.errors import FastdiffError, InputError
-from fastdiff.rundir import SCHEMA, atomic_path, canonical_json, read_json, write_json
+from fastdiff.rundir import atomic_path, canonical_json, read_json, write_json
 
 FORMAT = "fastdiff-crosscoder"
+SCHEMA = 1
 MODEL, CONFIG = "model.safetensors", "config.json"
 _INPUTS = re.compile(r"all|difference|\d+(,\d+)*")
 
@@ -82,6 +83,16 @@ def write_crosscoder(directory: Path, tensors: dict[str, Tensor], config: dict[s
     write_json(directory / CONFIG, config)
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """A crosscoder's config.json.
+
+    Raises:
+        InputError: It is missing, not JSON, or of another schema.
+    """
+    config: dict[str, Any] = read_json(directory / CONFIG, SCHEMA, "fastdiff train")
+    return config
+
+
 def load_crosscoder(directory: Path) -> tuple[Crosscoder, dict[str, Any]]:
     """Read what `save_crosscoder` wrote.
 
@@ -92,7 +103,7 @@ def load_crosscoder(directory: Path) -> tuple[Crosscoder, dict[str, Any]]:
         InputError: A file is missing, corrupt, of another schema, or its tensors do not fit its config.
     """
     path = directory / CONFIG
-    config = read_json(path)
+    config = read_config(directory)
     if config.get("format") != FORMAT:
         raise InputError(f"{path}: format {config.get('format')!r}, expected {FORMAT!r}")
     try:

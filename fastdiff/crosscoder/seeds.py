@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import rundir
-from fastdiff.crosscoder.saved import CONFIG
+from fastdiff.crosscoder.saved import read_config
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.errors import InputError
 from fastdiff.progress import Progress
@@ -23,7 +23,7 @@ def store_of(run: Path) -> Path:
     Raises:
         InputError: It is no longer there.
     """
-    manifest = rundir.read_json(run / "manifest.json")
+    manifest = rundir.read_manifest(run)
     path = Path(manifest["stages"]["train"]["store"])
     if not path.exists():
         raise InputError(f"{path}: the store this run was trained on is gone; give its new place with --store")
@@ -38,12 +38,12 @@ def comparable(
     A seed that was trained on something else is left out, and that is said.
     """
     others, hashes = {}, {}
-    mine = _space(rundir.read_json(directory_of(run, seed) / CONFIG))
+    mine = _space(read_config(directory_of(run, seed)))
     for other, directory in finished.items():
         if other == seed:
             continue
         trained = rundir.require_done(directory, f"fastdiff train STORE -o {run} --seed {other}")
-        space = _space(rundir.read_json(directory / CONFIG))
+        space = _space(read_config(directory))
         differ = ["store"] * (trained["inputs"]["store"] != store_sha256)
         differ += [name for name, value in space.items() if value != mine[name]]
         if differ:

@@ -18,7 +18,7 @@ from fastdiff.crosscoder.loop import Member, run_steps
 from fastdiff.crosscoder.metrics import Quality, l0_gap
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.rows import EvaluationRows, evaluation_rows, row_batches, spread_rows
-from fastdiff.crosscoder.saved import CONFIG, MODEL, save_crosscoder
+from fastdiff.crosscoder.saved import CONFIG, MODEL, SCHEMA, save_crosscoder
 from fastdiff.crosscoder.structure import structure_of
 from fastdiff.crosscoder.threshold import calibrated_threshold
 from fastdiff.device import resolve_device
@@ -31,6 +31,9 @@ from fastdiff.tracking import check_trackers, open_trackers
 
 # inference and training disagree by more than this share of L0: worth a warning
 _L0_GAP = 0.05
+# what a directory was begun with, so that another configuration does not continue it
+_STARTED = "started.json"
+_STARTED_SCHEMA = 1
 
 
 def directory_of(run: Path, seed: int) -> Path:
@@ -86,31 +89,33 @@ def train_seeds(
         LockedError: Another process writes to the run.
     """
     configs = [config.of_seed(seed) for seed in config.seeds or (config.seed,)]
-    with ActivationStore(store_path) as store, rundir.locked(run), _threads(config.threads):
-        inputs, left = {"store": store.sha256()}, []
+    with ActivationStore(store_path) as store, rundir.locked(run) as lock, _threads(config.threads):
+        inputs: dict[str, str] = {"store": store.sha256()}
+        left = []
         for one in configs:
             target = directory_of(run, one.seed)
-            if rundir.is_done(target, "train", one.identity(), inputs):
+            stage = lock.stage(target, "train", one.identity(), inputs, [MODEL, CONFIG], schemas={CONFIG: SCHEMA})
+            if stage.up_to_date():
                 progress.say(f"train: {target} is up to date")
                 continue
             _refuse_other(target, one.identity(), inputs, overwrite)
-            left.append(one)
+            left.append((one, stage))
         if left:
             check_trackers(config.track)
-            _train(store, run, left, inputs, progress, resume=resume and not overwrite)
+            _train(store, run, left, progress, resume=resume and not overwrite)
     return [directory_of(run, one.seed) for one in configs]
 
 
 def _train(
     store: ActivationStore,
     run: Path,
-    configs: list[TrainConfig],
-    inputs: dict[str, str],
+    wanted: list[tuple[TrainConfig, rundir.Stage]],
     progress: Progress,
     *,
     resume: bool,
 ) -> None:
-    """Train all of these together."""
+    """Train all of these together; each is a stage of its own."""
+    configs, stages = [one for one, _ in wanted], [stage for _, stage in wanted]
     config = configs[0]
     if store.must_be_measured:
         progress.say(f"train: {store.path} has no column norms; its rows are measured")
@@ -118,9 +123,10 @@ def _train(
     if (left_out := store.left_out_line()) is not None:
         progress.say(f"train: {left_out}")
     device = resolve_device(config.device)
-    targets = [directory_of(run, one.seed) for one in configs]
-    for target in targets:
-        rundir.begin(target)
+    targets = [stage.directory for stage in stages]
+    # checkpoints and the best crosscoder change long before the first seed ends
+    for stage in stages:
+        stage.begin()
     least = 1 if len(configs) == 1 else 2  # a step that all have, while one is ahead
     with ExitStack() as stack:
         checkpoints = [
@@ -162,13 +168,13 @@ def _train(
             settings = one.model_dump(mode="json")
             opened = open_trackers(one.track, run, target.name, settings, progress, start=step or 0, models=names)
             member.trackers = stack.enter_context(opened)
-        for member in members:
+        for member, stage in zip(members, stages, strict=True):
             if state is None:
                 member.checkpoints.clear()
                 shutil.rmtree(member.target / "best", ignore_errors=True)
                 _start(member, first, mean, variance)
-            started = {"schema": 1, "config": member.config.identity(), "inputs": inputs}
-            rundir.write_json(member.target / "started.json", started)
+            started = {"schema": _STARTED_SCHEMA, "config": stage.settings, "inputs": stage.inputs}
+            rundir.write_json(member.target / _STARTED, started)
         if state is not None:
             # the order of a sum depends on the number of threads, and so do the last bits of the weights
             torch.set_num_threads(state["threads"])
@@ -180,20 +186,17 @@ def _train(
             if stop.signal is not None:
                 # before the first step, or between the last and here: what is on disk is whole
                 stop.leave()
-        for member in members:
+        for member, stage in zip(members, stages, strict=True):
             # its buffers and moments are most of the memory, and the evaluation needs some
             del member.trainer
-            _finish(member, store, rows, events, progress)
-            # before it counts as done: what is killed in between is done again, and the manifest never lacks the store
-            rundir.record(
-                run,
-                "train",
-                member.config.identity(),
+            stage.facts.update(
                 store=str(store.path.resolve()),
                 threads=torch.get_num_threads(),
                 seeds=[one.seed for one in configs],
             )
-            _save(member, store, shuffler, inputs)
+            with stage:
+                _finish(member, store, rows, events, progress)
+                _save(member, store, shuffler, stage.inputs["store"])
 
 
 def _start(member: Member, first: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
@@ -225,11 +228,11 @@ def _finish(
     _report(quality, held_out, config, progress)
 
 
-def _save(member: Member, store: ActivationStore, shuffler: Shuffler, inputs: dict[str, str]) -> None:
+def _save(member: Member, store: ActivationStore, shuffler: Shuffler, store_sha256: str) -> None:
     facts = {
         "models": [model.model_dump() for model in store.meta.models],
         "train": member.config.identity(),
-        "store_sha256": inputs["store"],
+        "store_sha256": store_sha256,
         "n_train": shuffler.n_rows,
         "left_out": store.left_out_facts(),
         "pool_rows": shuffler.pool_rows,
@@ -237,16 +240,15 @@ def _save(member: Member, store: ActivationStore, shuffler: Shuffler, inputs: di
         "steps": member.config.steps,
     }
     save_crosscoder(member.target, member.crosscoder, facts)
-    rundir.finish(member.target, "train", member.config.identity(), inputs, [MODEL, CONFIG])
 
 
 def _refuse_other(target: Path, settings: dict[str, Any], inputs: dict[str, str], overwrite: bool) -> None:
     """Another configuration's results are replaced only when that was asked for."""
-    path = target / "started.json"
+    path = target / _STARTED
     started = path.exists() and ((target / rundir.DONE).exists() or Checkpoints(target / "checkpoints", 1).steps())
     if overwrite or not started:
         return
-    before = rundir.read_json(path)
+    before = rundir.read_json(path, _STARTED_SCHEMA)
     if before["inputs"] != inputs:
         raise OptionError(f"{target}: was trained on another store; choose another -o, or --overwrite")
     for name, value in settings.items():

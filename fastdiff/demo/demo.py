@@ -18,6 +18,7 @@ from fastdiff.errors import OptionError
 from fastdiff.pipeline import label_pair
 from fastdiff.progress import SILENT, Progress
 from fastdiff.reporting.builder import build_report
+from fastdiff.results.statistics import TRUTH_SCHEMA
 from fastdiff.results.verdict import read as read_verdict
 
 PAIRS = ("it", "simpo")
@@ -144,7 +145,7 @@ def hold_against_truth(out: Path, truth: dict[str, dict[str, str]]) -> dict[str,
     parts.append(f"{counts['false']} false claims in {counts['unplanted']} cells where nothing was planted")
     wrong = [f"{c['category']} ({pair['run']})" for pair in pairs for c in pair["changes"] if not c["recovered"]]
     sentence = ", ".join(parts) + (f"; wrong: {', '.join(wrong)}" if wrong else "")
-    return {"schema": 1, "pairs": pairs, "counts": counts, "sentence": sentence}
+    return {"schema": TRUTH_SCHEMA, "pairs": pairs, "counts": counts, "sentence": sentence}
 
 
 def _counts(pairs: list[dict[str, Any]]) -> dict[str, int]:

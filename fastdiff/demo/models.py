@@ -127,11 +127,11 @@ def make_demo_models(
     """
     recipe = recipe or (SMALL if small else FULL)
     base, it, simpo = directory / "base", directory / "it", directory / "simpo"
-    with rundir.locked(directory):
-        texts = _make_texts(directory / "corpus", seed, recipe)
-        _make_base(base, seed, recipe, progress)
-        _make_it(it, base, seed, seed, recipe, progress)
-        _make_simpo(simpo, it, seed, recipe, progress)
+    with rundir.locked(directory) as lock:
+        texts = _make_texts(lock, directory / "corpus", seed, recipe)
+        _make_base(lock, base, seed, recipe, progress)
+        _make_it(lock, it, base, seed, seed, recipe, progress)
+        _make_simpo(lock, simpo, it, seed, recipe, progress)
     return DemoModels(base, it, simpo, texts, truth())
 
 
@@ -148,8 +148,8 @@ def make_it(directory: Path, base: Path, seed: int, progress: Progress = SILENT)
         `directory`.
     """
     corpus_seed, recipe = _made_with(base)
-    with rundir.locked(directory):
-        _make_it(directory, base, corpus_seed, seed, recipe, progress)
+    with rundir.locked(directory) as lock:
+        _make_it(lock, directory, base, corpus_seed, seed, recipe, progress)
     return directory
 
 
@@ -166,9 +166,9 @@ def continue_base(directory: Path, base: Path, seed: int, progress: Progress = S
         `directory`.
     """
     corpus_seed, recipe = _made_with(base)
-    with rundir.locked(directory):
+    with rundir.locked(directory) as lock:
         _next_token_stage(
-            directory, "base continued", base, _BASE, corpus_seed, seed, recipe.it_steps, recipe, progress
+            lock, directory, "base continued", base, _BASE, corpus_seed, seed, recipe.it_steps, recipe, progress
         )
     return directory
 
@@ -191,27 +191,30 @@ def _preference() -> dict[str, Preference]:
     return {category: of(has) for category, has in HAS.items()}
 
 
-def _make_texts(directory: Path, seed: int, recipe: Recipe) -> Path:
+def _make_texts(lock: rundir.Lock, directory: Path, seed: int, recipe: Recipe) -> Path:
     config = {"seed": seed, "n_per_category": recipe.texts_per_category}
     inputs = {"categories": digest()}
-    if not rundir.is_done(directory, "demo texts", config, inputs):
-        rundir.begin(directory)
-        corpus = documents(_seed(seed, "texts"), recipe.texts_per_category, dict.fromkeys(HAS, "rule"))
-        lines = [json.dumps({"messages": d.messages, "category": d.category}, ensure_ascii=False) for d in corpus]
-        rundir.write_text(directory / "texts.jsonl", "\n".join(lines) + "\n")
-        rundir.finish(directory, "demo texts", config, inputs, ["texts.jsonl"])
+    stage = lock.stage(directory, "demo texts", config, inputs, ["texts.jsonl"], recorded=False)
+    if not stage.up_to_date():
+        with stage:
+            corpus = documents(_seed(seed, "texts"), recipe.texts_per_category, dict.fromkeys(HAS, "rule"))
+            lines = [json.dumps({"messages": d.messages, "category": d.category}, ensure_ascii=False) for d in corpus]
+            rundir.write_text(directory / "texts.jsonl", "\n".join(lines) + "\n")
     return directory / "texts.jsonl"
 
 
-def _make_base(directory: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
-    _next_token_stage(directory, "base", None, _BASE, seed, seed, recipe.base_steps, recipe, progress)
+def _make_base(lock: rundir.Lock, directory: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
+    _next_token_stage(lock, directory, "base", None, _BASE, seed, seed, recipe.base_steps, recipe, progress)
 
 
-def _make_it(directory: Path, base: Path, corpus_seed: int, seed: int, recipe: Recipe, progress: Progress) -> None:
-    _next_token_stage(directory, "it", base, _IT, corpus_seed, seed, recipe.it_steps, recipe, progress)
+def _make_it(
+    lock: rundir.Lock, directory: Path, base: Path, corpus_seed: int, seed: int, recipe: Recipe, progress: Progress
+) -> None:
+    _next_token_stage(lock, directory, "it", base, _IT, corpus_seed, seed, recipe.it_steps, recipe, progress)
 
 
 def _next_token_stage(
+    lock: rundir.Lock,
     directory: Path,
     name: str,
     start: Path | None,
@@ -244,10 +247,10 @@ def _next_token_stage(
         )
         return model, tokenizer
 
-    _stage(directory, name, start, corpus_seed, seed, recipe, make)
+    _stage(lock, directory, name, start, corpus_seed, seed, recipe, make)
 
 
-def _make_simpo(directory: Path, it: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
+def _make_simpo(lock: rundir.Lock, directory: Path, it: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
     def make() -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
         model, tokenizer = _start(it, seed)
         pairs = preference_pairs(_seed(seed, "pairs"), recipe.documents_per_category, _preference())
@@ -264,7 +267,7 @@ def _make_simpo(directory: Path, it: Path, seed: int, recipe: Recipe, progress: 
         )
         return model, tokenizer
 
-    _stage(directory, "simpo", it, seed, seed, recipe, make)
+    _stage(lock, directory, "simpo", it, seed, seed, recipe, make)
 
 
 def _start(path: Path | None, seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
@@ -277,6 +280,7 @@ def _start(path: Path | None, seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedT
 
 
 def _stage(
+    lock: rundir.Lock,
     directory: Path,
     name: str,
     start: Path | None,
@@ -295,14 +299,14 @@ def _stage(
     inputs = {"categories": digest()}
     if start is not None:
         inputs["start"] = rundir.sha256_file(start / "model.safetensors")
-    if rundir.is_done(directory, f"demo {name}", config, inputs):
+    stage = lock.stage(directory, f"demo {name}", config, inputs, _OUTPUTS, recorded=False)
+    if stage.up_to_date():
         return
-    rundir.begin(directory)
-    model, tokenizer = make()
-    with quiet():
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    rundir.finish(directory, f"demo {name}", config, inputs, _OUTPUTS)
+    with stage:
+        model, tokenizer = make()
+        with quiet():
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
 
 
 def _seed(seed: int, purpose: str) -> int:

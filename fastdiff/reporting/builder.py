@@ -52,21 +52,20 @@ def build_report(run: Path, progress: Progress = SILENT) -> Path:
         InputError: A stage has not run, or a file does not fit its format.
         LockedError: Another process is writing here.
     """
-    findings = read_findings(run)
     assets = {name: resources.files("fastdiff.reporting").joinpath(name).read_text("utf-8") for name in _ASSETS}
     directory = run / "report"
     page = directory / "report.html"
-    inputs = _inputs(findings, assets)
-    with rundir.locked(run):
-        if rundir.is_done(directory, "report", {}, inputs):
+    with rundir.locked(run) as lock:
+        findings = read_findings(run)
+        stage = lock.stage(directory, "report", {}, _inputs(findings, assets), _OUTPUTS)
+        if stage.up_to_date():
             progress.say(f"report: {page} is up to date")
             return page
-        rundir.begin(directory)
-        html, files = _render(findings, assets)
-        for name, text in files.items():
-            rundir.write_text(directory / name, text)
-        rundir.write_text(page, html)
-        rundir.finish(directory, "report", {}, inputs, _OUTPUTS)
+        with stage:
+            html, files = _render(findings, assets)
+            for name, text in files.items():
+                rundir.write_text(directory / name, text)
+            rundir.write_text(page, html)
     progress.say(f"report: {page} ({len(html) / 1e6:.1f} MB)")
     return page
 

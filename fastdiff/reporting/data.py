@@ -33,8 +33,10 @@ from fastdiff.reporting.schema import (
     Table,
     Truth,
 )
+from fastdiff.results.analysis import SUMMARY, read_analysis_summary
 from fastdiff.results.attribution import DIRECTORY as ATTRIBUTION
 from fastdiff.results.nats import read_latent_nats
+from fastdiff.results.statistics import STATISTICS, STATISTICS_SCHEMA, TRUTH_SCHEMA
 from fastdiff.results.verdict import read as read_verdict
 
 T = TypeVar("T", bound=BaseModel)
@@ -71,7 +73,7 @@ def read_findings(directory: Path) -> Findings:
     if "verdict.json" not in stages["compare"]["outputs"]:
         # of a version that decided by counts of latents alone
         raise InputError(f"{compare}: has no verdict.json; run the same `fastdiff compare` again")
-    statistics = _parsed(Statistics, compare / "statistics.json")
+    statistics = _parsed(Statistics, compare / STATISTICS, STATISTICS_SCHEMA, "fastdiff compare")
     table = _read_csv(compare / "categories.csv", (*CATEGORY_TEXT, *_CATEGORY_NUMBERS))
     runs = [_read_run(directory / name.path, name) for name in statistics.runs]
     compared = {
@@ -96,7 +98,7 @@ def read_findings(directory: Path) -> Findings:
         verdict=read_verdict(compare / "verdict.json"),
         category_table=table,
         categories=_category_rows(compare / "categories.csv", table),
-        truth=_parsed(Truth, truth_path) if truth_path.exists() else None,
+        truth=_parsed(Truth, truth_path, TRUTH_SCHEMA, "fastdiff demo") if truth_path.exists() else None,
         runs=runs,
         stages=stages,
         commands=_read_manifest(directory)[0],
@@ -116,10 +118,10 @@ def _read_run(path: Path, name: RunName) -> Run:
     seed = stages["analysis"]["config"].get("train_seed", 0)
     attributed = path / ATTRIBUTION / rundir.DONE
     if attributed.exists():
-        stages = {"attribution": rundir.read_json(attributed), **stages}
+        stages = {"attribution": rundir.read_json(attributed, rundir.DONE_SCHEMA), **stages}
     trained = path / "crosscoder" / f"seed-{seed}" / rundir.DONE
     if trained.exists():
-        stages = {"crosscoder": rundir.read_json(trained), **stages}
+        stages = {"crosscoder": rundir.read_json(trained, rundir.DONE_SCHEMA), **stages}
         if stages["analysis"]["inputs"]["model"] != stages["crosscoder"]["outputs"]["model.safetensors"]:
             raise InputError(f"{path / 'analysis'}: of another crosscoder; run `fastdiff analyze {path}` again")
     commands, versions = _read_manifest(path)
@@ -138,7 +140,7 @@ def _read_run(path: Path, name: RunName) -> Run:
         path=path,
         base=name.base,
         tuned=name.tuned,
-        summary=_parsed(Summary, path / "analysis" / "summary.json"),
+        summary=_validated(Summary, read_analysis_summary(path), path / "analysis" / SUMMARY),
         latents=latents,
         labels=_read_labels(path / "annotate" / "labels.jsonl"),
         cards=cards,
@@ -153,8 +155,8 @@ def _read_run(path: Path, name: RunName) -> Run:
     )
 
 
-def _parsed(model: type[T], path: Path) -> T:
-    return _validated(model, rundir.read_json(path), path)
+def _parsed(model: type[T], path: Path, schema: int, command: str) -> T:
+    return _validated(model, rundir.read_json(path, schema, command), path)
 
 
 def _validated(model: type[T], value: Any, where: object) -> T:
@@ -308,7 +310,7 @@ def _read_manifest(path: Path) -> tuple[list[str], dict[str, str]]:
         return [], {}
     commands: list[str] = []
     versions: dict[str, str] = {}
-    for stage, facts in rundir.read_json(manifest)["stages"].items():
+    for stage, facts in rundir.read_json(manifest, rundir.MANIFEST_SCHEMA)["stages"].items():
         if stage == "report":
             continue
         program, *arguments = facts["command"]

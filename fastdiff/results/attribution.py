@@ -31,6 +31,8 @@ from fastdiff.rundir import atomic_path, canonical_json, read_json, write_json
 SCHEMA: Final = 1
 DIRECTORY = "attribution"
 SUMMARY, DOCUMENTS, LATENTS = "summary.json", "documents.safetensors", "latents.safetensors"
+# of an attribution that was checked
+OUTPUTS = (DOCUMENTS, LATENTS, SUMMARY)
 # what a hook may read besides the residual stream
 BRANCHES = ("mlp_out", "attn_out")
 # below this many documents a category's verdict is "cannot tell"
@@ -141,11 +143,10 @@ def text_number(ids: NDArray[np.int64]) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def write_attribution(directory: Path, found: Attribution) -> list[str]:
+def write_attribution(directory: Path, found: Attribution) -> None:
     """Write the files, each whole or not at all, and take away those of an earlier result that no longer belong.
 
-    Returns:
-        Their names.
+    Those that were not checked are the summary alone.
 
     Raises:
         ResourceError: The disk is full.
@@ -164,7 +165,6 @@ def write_attribution(directory: Path, found: Attribution) -> list[str]:
             arrays = {key: np.ascontiguousarray(array) for key, array in tables[name].items()}
             save_file(arrays, temporary, metadata={"fastdiff": canonical_json({"schema": SCHEMA})})
     write_json(directory / SUMMARY, found.summary.model_dump(by_alias=True))
-    return [*tables, SUMMARY]
 
 
 def read_summary(directory: Path) -> Summary:
@@ -174,7 +174,7 @@ def read_summary(directory: Path) -> Summary:
         InputError: It is missing, damaged, or of another schema.
     """
     path = directory / SUMMARY
-    facts = read_json(path, SCHEMA)
+    facts = read_json(path, SCHEMA, f"fastdiff attribute {directory.parent}")
     try:
         return Summary.model_validate(facts)
     except ValidationError as error:

@@ -144,7 +144,7 @@ def read(path: Path) -> VerdictFile:
     Raises:
         InputError: The file is missing, not JSON, of another schema, or not of this shape; names the remedy.
     """
-    value = rundir.read_json(path, SCHEMA)
+    value = rundir.read_json(path, SCHEMA, "fastdiff compare")
     try:
         return VerdictFile.model_validate(value)
     except ValidationError as error:

@@ -26,6 +26,7 @@ from fastdiff.rundir import canonical_json, read_json, sha256_text, write_text
 from fastdiff.store.format import COLUMNS, ShardInfo
 
 JOURNAL = ".journal"
+SCHEMA = 1
 
 Crc = Annotated[int, Field(ge=0, lt=1 << 32)]
 
@@ -95,7 +96,7 @@ def read_journal(directory: Path) -> Journal | None:
     if not path.exists():
         return None
     try:
-        body = read_json(path)
+        body = read_json(path, SCHEMA)
         told = body.pop("sha256", None)
         if told != sha256_text(canonical_json(body)):
             raise InputError(f"{path}: its checksum does not match")

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from fastdiff.errors import InputError
 from fastdiff.rundir import read_json
-from fastdiff.store.format import STORE_FILE, StoreMeta
+from fastdiff.store.format import SCHEMA, STORE_FILE, StoreMeta
 from fastdiff.store.index import ShardIndex
 
 
@@ -27,7 +27,7 @@ def find_parts(path: Path) -> tuple[StoreMeta | None, list[Path]]:
         why = "the store was not finished" if begun else "not a store"
         raise InputError(f"{path}: no {STORE_FILE}, {why}; run `fastdiff extract` (again)")
     try:
-        raw = read_json(path / STORE_FILE)
+        raw = read_json(path / STORE_FILE, SCHEMA, "fastdiff extract` or `fastdiff import")
     except RecursionError as error:
         raise InputError(f"{path / STORE_FILE}: nested too deeply to be read; extract it again") from error
     try:

@@ -8,7 +8,15 @@ from pydantic import BaseModel, ValidationError
 
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.rundir import DONE, canonical_json, read_json, sha256_file, sha256_text
+from fastdiff.rundir import (
+    DONE,
+    DONE_SCHEMA,
+    canonical_json,
+    read_json,
+    read_manifest,
+    sha256_file,
+    sha256_text,
+)
 from fastdiff.store.format import STORE_FILE
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.verify import Findings, verify_store
@@ -100,11 +108,11 @@ def _directories(path: Path, stage: str) -> Iterator[Path]:
 def _recorded(path: Path, found: Findings) -> dict[str, Any] | None:
     """What the manifest says of each stage, or None if it cannot be read; nothing where only reports are."""
     manifest = path / "manifest.json"
-    # a report is not recorded
+    # reports of older versions are not recorded
     if not manifest.exists() and not any(_directories(path, "train")):
         return {}
     try:
-        stages = read_json(manifest).get("stages")
+        stages = read_manifest(path).get("stages")
     except InputError as error:
         found.add(str(error))
         return None
@@ -119,7 +127,7 @@ def _read_done(stage: Path, found: Findings) -> _Done | None:
         found.add(f"{stage}: no {DONE}, the stage was not finished; run it again")
         return None
     try:
-        done = _Done.model_validate(read_json(stage / DONE))
+        done = _Done.model_validate(read_json(stage / DONE, DONE_SCHEMA))
         key = sha256_text(canonical_json([done.stage, done.config, done.inputs]))
     except InputError as error:
         found.add(str(error))

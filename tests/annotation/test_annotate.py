@@ -157,7 +157,7 @@ def test_what_it_ran_with_is_recorded(tmp_path):
     run = analysis(tmp_path / "run")
     annotate(run, CONFIG)
     assert "min_lift: 2.0" in (run / "fastdiff.yaml").read_text()
-    assert "annotate" in rundir.read_json(run / "manifest.json")["stages"]
+    assert "annotate" in rundir.read_manifest(run)["stages"]
 
 
 def test_a_missing_or_changed_analysis_is_refused_with_the_command(tmp_path):

@@ -67,7 +67,7 @@ def test_it_is_done_once_and_repeats_to_the_same_bytes(runs, tmp_path):
     # whether `run` takes the stage is nothing that its result depends on
     attribute(run, AttributeConfig(device="cpu", enabled=False), again)
     assert again.lines[-1].endswith("is up to date")
-    assert "enabled" not in read_json(run / "attribution" / "DONE.json")["config"]
+    assert "enabled" not in read_json(run / "attribution" / "DONE.json", 1)["config"]
 
 
 @pytest.mark.parametrize("at", ["write_attribution", "record", "finish"])
@@ -371,6 +371,6 @@ def test_the_command_prints_what_it_found(runs, tmp_path):
     assert means["V"] == pytest.approx([a + b for a, b in zip(means["latents"], means["offset"], strict=True)])
     assert "--enabled" not in invoke("attribute", "--help").output
     summary = run / "attribution" / "summary.json"
-    write_json(summary, {**read_json(summary), "state": "perhaps"})
+    write_json(summary, {**read_json(summary, 1), "state": "perhaps"})
     assert invoke("attribute", run, "--device", "cpu").exit_code == 0
     assert read_summary(run / "attribution").state == "checked"

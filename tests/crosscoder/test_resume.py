@@ -112,7 +112,7 @@ def test_only_what_is_missing_is_trained(store, tmp_path, capsys):
     assert "seed-0 is up to date" in capsys.readouterr().err
     assert (directory_of(tmp_path, 0) / "DONE.json").stat().st_mtime_ns == before
     assert (directory_of(tmp_path, 1) / "DONE.json").exists()
-    assert rundir.read_json(tmp_path / "manifest.json")["stages"]["train"]["seeds"] == [1]
+    assert rundir.read_manifest(tmp_path)["stages"]["train"]["seeds"] == [1]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -156,7 +156,7 @@ def test_out_of_memory_halves_what_is_held(store, tmp_path, monkeypatch, activat
     monkeypatch.setattr(kind, name, limited)
     train(store, tmp_path / "tight", TrainConfig(**settings))
     assert [line["micro_batch"] for line in events(tmp_path / "tight", "back_off")] == [32, 16]
-    assert rundir.read_json(directory_of(tmp_path / "tight", 0) / "config.json")["micro_batch"] == 16
+    assert rundir.read_json(directory_of(tmp_path / "tight", 0) / "config.json", 1)["micro_batch"] == 16
     roomy, tight = (load_crosscoder(directory_of(tmp_path / name, 0))[0] for name in ("roomy", "tight"))
     for key, value in roomy.state_dict().items():
         torch.testing.assert_close(tight.state_dict()[key], value, rtol=2e-3, atol=2e-4, msg=key)

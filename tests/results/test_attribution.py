@@ -54,7 +54,7 @@ def test_it_comes_back_as_it_was_and_in_the_same_bytes(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     raw = load_file(tmp_path / "documents.safetensors")
     assert raw["held_out"].dtype == np.uint8 and raw["layer"].dtype == np.float64
-    assert read_json(tmp_path / "summary.json")["schema"] == 1
+    assert read_json(tmp_path / "summary.json", 1)["schema"] == 1
 
 
 def test_means_of_categories():

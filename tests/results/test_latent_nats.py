@@ -22,7 +22,7 @@ def test_nats_are_means_over_the_documents_of_a_category_and_of_the_seed_that_is
     wanted = [nats[1, [0, 1, 3]].mean(axis=0), nats[1, 2], nats[1, 4], np.full(7, np.nan)]
     np.testing.assert_allclose(found.nats, wanted, rtol=1e-6)
     assert set(hashes) == {
-        f"attribution/{name}" for name in rundir.read_json(tmp_path / "attribution/DONE.json")["outputs"]
+        f"attribution/{name}" for name in rundir.read_json(tmp_path / "attribution/DONE.json", 1)["outputs"]
     }
 
 
