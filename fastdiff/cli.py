@@ -94,7 +94,7 @@ def extract(
 
     config = resolve(ExtractConfig, "extract", config_file, settings, given)
     store = extract_store(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    print_result(as_json, str(store), store=store, left_out=_left_out(store))
+    print_result(as_json, str(store), store=store, left_out=_left_out(store) if as_json else None)
 
 
 @cli.command(cls=StageCommand)
@@ -319,7 +319,7 @@ def import_(
     store = import_store(
         sources, out, ImportOptions(**given), progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite
     )
-    print_result(as_json, str(store), store=store, left_out=_left_out(store))
+    print_result(as_json, str(store), store=store, left_out=_left_out(store) if as_json else None)
 
 
 @cli.command()

@@ -53,6 +53,7 @@ def trained(monkeypatch, tmp_path):
 
     def train(store, out, config, progress, **options):
         calls.append((config, options))
+        rundir.write_json(out / "crosscoder" / "config.json", {"schema": 1, "left_out": {"rows": 3}})
         return [out / "crosscoder"]
 
     monkeypatch.setattr("fastdiff.crosscoder.train.train_seeds", train)
@@ -298,11 +299,13 @@ class TestOutput:
             "run": str(tmp_path / "run"),
             "crosscoder": str(tmp_path / "run" / "crosscoder"),
             "crosscoders": [str(tmp_path / "run" / "crosscoder")],
+            "left_out": {"rows": 3},
         }
 
     def test_progress_goes_to_stderr_and_quiet_silences_it(self, fastdiff, monkeypatch, trained, tmp_path):
         def train(store, out, config, progress, **options):
             progress.say("half way")
+            rundir.write_json(out / "config.json", {"schema": 1})
             return [out]
 
         monkeypatch.setattr("fastdiff.crosscoder.train.train_seeds", train)

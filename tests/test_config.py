@@ -115,9 +115,10 @@ class TestTemplate:
         for section, field in RunConfig.model_fields.items():
             assert isinstance(field.annotation, type) and issubclass(field.annotation, StageConfig)
             # a default that depends on other fields is a comment: written out it would no longer follow them
-            derived = {"warmup_steps", "sparsity_warmup_steps"} & set(field.annotation.model_fields)
+            defaults = {"warmup_steps": 1000, "sparsity_warmup_steps": 1000, "max_norm": 3.0}
+            derived = set(defaults) & set(field.annotation.model_fields)
             assert set(values[section]) == set(field.annotation.model_fields) - derived
-            assert all(f"# {name}: 1000\n" in text for name in derived)
+            assert all(f"# {name}: {defaults[name]}\n" in text for name in derived)
             for described in field.annotation.model_fields.values():
                 assert f"# {described.description}\n" in text
 

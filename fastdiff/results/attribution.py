@@ -143,10 +143,11 @@ def text_number(ids: NDArray[np.int64]) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def write_attribution(directory: Path, found: Attribution) -> None:
+def write_attribution(directory: Path, found: Attribution) -> list[str]:
     """Write the files, each whole or not at all, and take away those of an earlier result that no longer belong.
 
-    Those that were not checked are the summary alone.
+    Returns:
+        Their names, `OUTPUTS` or, of what was not checked, the summary alone.
 
     Raises:
         ResourceError: The disk is full.
@@ -165,6 +166,7 @@ def write_attribution(directory: Path, found: Attribution) -> None:
             arrays = {key: np.ascontiguousarray(array) for key, array in tables[name].items()}
             save_file(arrays, temporary, metadata={"fastdiff": canonical_json({"schema": SCHEMA})})
     write_json(directory / SUMMARY, found.summary.model_dump(by_alias=True))
+    return [*tables, SUMMARY]
 
 
 def read_summary(directory: Path) -> Summary:

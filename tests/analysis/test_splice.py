@@ -459,10 +459,10 @@ def test_a_changed_model_or_tokenizer_is_refused(root, stores, tmp_path):
     store_json = tmp_path / "acts" / "store.json"
     copied = foreign(tmp_path / "acts", store, config=store.meta.config, tokenizer={"name": "x", "sha256": "0" * 64})
     copied.close()
-    assert read_json(store_json)["tokenizer"]["name"] == "x"
+    assert read_json(store_json, 1)["tokenizer"]["name"] == "x"
     with pytest.raises(InputError, match="its tokenizer has changed"):
         run(ActivationStore(tmp_path / "acts"), Identity())
-    facts = read_json(store_json)
+    facts = read_json(store_json, 1)
     facts["config"]["dry_run"] = True
     write_json(store_json, facts)
     with pytest.raises(InputError, match=r"options this version does not have .*dry-run"):

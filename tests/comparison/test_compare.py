@@ -137,14 +137,14 @@ class TestOneRun:
             assert float(row["mass_b"]) == pytest.approx(masses["tuned"][category] / masses["tuned"].total(), rel=1e-5)
 
     def test_the_verdict_names_what_changed_and_which_way(self, run):
-        gained, lost = rundir.read_json(run / "compare" / "statistics.json")["verdict"]
+        gained, lost = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
         assert gained.startswith("Gained from base to it: law (30/49 against 5/66 latents, q = ")
         assert lost.startswith("Lost from base to it: code (4/49 against 40/66 latents, q = ")
         for sentence in (gained, lost):
             assert "math" not in sentence and "unlabelled" not in sentence and "\n" not in sentence
 
     def test_statistics_say_what_was_compared(self, run):
-        found = rundir.read_json(run / "compare" / "statistics.json")
+        found = rundir.read_json(run / "compare" / "statistics.json", 1)
         assert (found["schema"], found["kind"], found["alpha"], found["confidence"]) == (
             1,
             "pair",
@@ -158,7 +158,7 @@ class TestOneRun:
         assert comparison["n_categories"] == 4
 
     def test_it_is_recorded(self, run):
-        assert "compare" in rundir.read_json(run / "manifest.json")["stages"]
+        assert "compare" in rundir.read_manifest(run)["stages"]
         assert "alpha: 0.05" in (run / "fastdiff.yaml").read_text()
 
 
@@ -166,7 +166,7 @@ def test_swapped_models_turn_gains_into_losses(tmp_path):
     other = {"base": "tuned", "tuned": "base", "": ""}
     run = fake_run(tmp_path / "r", [(other[side], category, n) for side, category, n in CHANGED])
     compare([run], run, CONFIG)
-    gained, lost = rundir.read_json(run / "compare" / "statistics.json")["verdict"]
+    gained, lost = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
     assert "Gained from base to it: code (40/66 against 4/49" in gained
     assert "Lost from base to it: law (5/66 against 30/49" in lost
 
@@ -174,7 +174,7 @@ def test_swapped_models_turn_gains_into_losses(tmp_path):
 def test_equal_sides_do_not_differ(tmp_path):
     run = fake_run(tmp_path / "r", SAME)
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json")["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
     assert sentence == ("base→tuned: no category differs beyond noise (q < 0.05, 3 categories, 40 latents against 40).")
 
 
@@ -182,7 +182,7 @@ def test_equal_sides_do_not_differ(tmp_path):
 def test_a_side_without_latents_is_said_so(tmp_path, side, empty):
     run = fake_run(tmp_path / "r", [(side, "code", 5), ("", "law", 3)])
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json")["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
     assert repr(empty) in sentence and "cannot be compared" in sentence
     row = table(run)["base→tuned", "code"]
     assert row["delta_points"] == "" and row["q"] == "1" and row["significant"] == "0"
@@ -192,13 +192,13 @@ def test_no_latents_at_all(tmp_path):
     run = fake_run(tmp_path / "r", [("", None, 3)])
     compare([run], run, CONFIG)
     assert table(run) == {}
-    assert "cannot be compared" in rundir.read_json(run / "compare" / "statistics.json")["verdict"][0]
+    assert "cannot be compared" in rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"][0]
 
 
 def test_without_any_category_nothing_is_claimed(tmp_path):
     run = fake_run(tmp_path / "r", [("base", UNINTERPRETABLE, 40), ("tuned", None, 40)])
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json")["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
     assert "the text has no categories" in sentence and "--category-field" in sentence
     assert all(row["significant"] == "0" for row in table(run).values())
 
@@ -208,7 +208,7 @@ def test_alpha_decides_what_is_significant(tmp_path):
     compare([run], run, CompareConfig(alpha=1e-30))
     assert (
         "no category differs beyond noise (q < 1e-30"
-        in rundir.read_json(run / "compare" / "statistics.json")["verdict"][0]
+        in rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"][0]
     )
 
 
@@ -239,7 +239,7 @@ def test_hostile_category_names_survive(tmp_path):
     compare([run], run, CONFIG)
     assert {category for _, category in table(run)} == set(HOSTILE)
     assert all(counts(row) == (3, 33, 3, 33) for row in table(run).values())
-    rundir.read_json(run / "compare" / "statistics.json")
+    rundir.read_json(run / "compare" / "statistics.json", 1)
 
 
 IT = [
@@ -283,7 +283,7 @@ class TestTwoRuns:
 
     def test_the_verdict_has_the_right_direction(self, runs, tmp_path):
         compare(runs, tmp_path / "out", CONFIG)
-        verdict = "\n".join(rundir.read_json(tmp_path / "out" / "compare" / "statistics.json")["verdict"])
+        verdict = "\n".join(rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 1)["verdict"])
         assert "Gained more by simpo than by it: code (30/52 against 5/52" in verdict
         assert "Gained less by simpo than by it: law (0/52 against 45/52" in verdict
         assert "Lost more by simpo than by it: law (50/60 against 20/60" in verdict
@@ -293,7 +293,7 @@ class TestTwoRuns:
     def test_statistics_lead_back_to_the_runs(self, runs, tmp_path):
         out = tmp_path / "deep" / "out"
         compare(runs, out, CONFIG)
-        found = rundir.read_json(out / "compare" / "statistics.json")
+        found = rundir.read_json(out / "compare" / "statistics.json", 1)
         assert found["kind"] == "triangulated"
         assert [c["name"] for c in found["comparisons"]] == ["it", "simpo", "gained", "lost"]
         for described, run in zip(found["runs"], runs, strict=True):
@@ -304,7 +304,7 @@ class TestTwoRuns:
         (tmp_path / "far" / "away").mkdir(parents=True)
         (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
         compare(runs, tmp_path / "link", CONFIG)
-        paths = [run["path"] for run in rundir.read_json(tmp_path / "link" / "compare" / "statistics.json")["runs"]]
+        paths = [run["path"] for run in rundir.read_json(tmp_path / "link" / "compare" / "statistics.json", 1)["runs"]]
         assert [(tmp_path / "link" / path / "analysis").is_dir() for path in paths] == [True, True]
 
     def test_runs_that_moved_are_compared_anew(self, runs, tmp_path):
@@ -312,7 +312,7 @@ class TestTwoRuns:
         (tmp_path / "new").mkdir()
         moved = [run.rename(tmp_path / "new" / run.name) for run in runs]
         compare(moved, tmp_path / "out", CONFIG)
-        assert rundir.read_json(tmp_path / "out" / "compare" / "statistics.json")["runs"][0]["path"] == "../new/it"
+        assert rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 1)["runs"][0]["path"] == "../new/it"
 
     def test_names_may_be_given_and_equal_ones_are_numbered(self, runs, tmp_path):
         compare(runs, tmp_path / "out", CONFIG, names=["x", "y"])
@@ -370,7 +370,7 @@ class TestSkipping:
         compare([run], run, CONFIG)
         fake_run(run, SAME)
         compare([run], run, CONFIG)
-        assert "no category differs" in rundir.read_json(run / "compare" / "statistics.json")["verdict"][0]
+        assert "no category differs" in rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"][0]
 
 
 class TestRefusals:
@@ -409,8 +409,8 @@ def test_a_category_of_the_text_that_no_latent_stands_for_is_in_the_table(tmp_pa
     run = fake_run(tmp_path / "r", SAME)
     path = run / "analysis" / "summary.json"
     sources = [{"dataset": "d", "category": "poetry"}, {"dataset": "d", "category": None}]
-    rundir.write_json(path, rundir.read_json(path) | {"sources": sources})
-    done = rundir.read_json(run / "analysis" / "DONE.json")
+    rundir.write_json(path, rundir.read_json(path, 1) | {"sources": sources})
+    done = rundir.read_json(run / "analysis" / "DONE.json", 1)
     rundir.finish(run / "analysis", "analyze", {}, done["inputs"], OUTPUTS)
     outputs = rundir.require_done(run / "analysis", "")["outputs"]
     rundir.finish(run / "annotate", "annotate", {}, outputs, ["labels.jsonl"])
@@ -422,7 +422,7 @@ def test_a_category_of_the_text_that_no_latent_stands_for_is_in_the_table(tmp_pa
 def test_runs_at_different_layers_or_of_unknown_models_are_not_triangulated(tmp_path):
     runs = [fake_run(tmp_path / name, SAME, weights="aa") for name in ("a", "b")]
     path = runs[1] / "analysis" / "summary.json"
-    summary = rundir.read_json(path)
+    summary = rundir.read_json(path, 1)
     summary["models"][0]["layer"] = 2
     rundir.write_json(path, summary)
     rundir.finish(runs[1] / "analysis", "analyze", {}, {"store": "0"}, OUTPUTS)
