@@ -237,7 +237,7 @@ def test_a_store_that_has_moved_is_found_with_the_option(finished, tmp_path):
     run = tmp_path / "run"
     config = AnalyzeConfig(batch_size=512, examples=3, context=4)
     shutil.copytree(finished / "run", run)
-    manifest = rundir.read_json(run / "manifest.json")
+    manifest = rundir.read_manifest(run)
     manifest["stages"]["train"]["store"] = str(tmp_path / "gone")
     rundir.write_json(run / "manifest.json", manifest)
     (run / "analysis" / "DONE.json").unlink(missing_ok=True)
@@ -250,11 +250,11 @@ def test_a_store_that_has_moved_is_found_with_the_option(finished, tmp_path):
 def test_the_latents_with_most_nats_get_examples_whatever_their_class(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished / "run", run)
-    model = rundir.read_json(run / "crosscoder" / "seed-0" / "DONE.json")["outputs"]["model.safetensors"]
+    model = rundir.read_json(run / "crosscoder" / "seed-0" / "DONE.json", 1)["outputs"]["model.safetensors"]
     config = AnalyzeConfig(batch_size=512, examples=3, context=4, cards=5)
     analyze(run, config)
     before, rows = shown(run), table(run)
-    assert rundir.read_json(run / "analysis" / "summary.json")["by_nats"] == []
+    assert rundir.read_json(run / "analysis" / "summary.json", 1)["by_nats"] == []
     # of two latents that fire and have no card yet, and of one that has
     fired = [int(row["latent"]) for row in rows if int(row["count"]) > 50]
     first, second = [latent for latent in fired if latent not in before][:2]
@@ -263,7 +263,7 @@ def test_the_latents_with_most_nats_get_examples_whatever_their_class(finished, 
     nats[0, 0, first], nats[0, 1, second], nats[0, 1, third] = 0.5, -0.25, 0.125
     write_nats(run, nats, [0, 1], ["x", "y"], model=model)
     analyze(run, config)
-    assert rundir.read_json(run / "analysis" / "summary.json")["by_nats"] == sorted([first, second, third])
+    assert rundir.read_json(run / "analysis" / "summary.json", 1)["by_nats"] == sorted([first, second, third])
     after = shown(run)
     assert {latent: why for latent, why in after.items() if latent not in (first, second)} == before
     for latent in (first, second):
