@@ -21,6 +21,8 @@ from fastdiff.progress import SILENT, Progress
 from fastdiff.reporting.builder import build_report
 
 PAIRS = ("it", "simpo")
+# crosscoders of each pair, of different seeds: a claim needs the sign of all of them
+_CROSSCODERS = 3
 _EXPECTED_SIGN = {"gained": 1, "lost": -1}
 
 
@@ -42,6 +44,7 @@ def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool)
             tuned=str(tuned),
             layer="1",
             dataset=[str(texts)],
+            messages_field="messages",
             category_field="category",
             ctx_len=128,
             max_tokens=100_000 if small else 250_000,
@@ -52,12 +55,13 @@ def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool)
         train=TrainConfig(
             dict_size=1024,
             k=12,
-            steps=600 if small else 1500,
+            steps=400 if small else 1000,
             batch_size=1024,
             lr=1e-3,
             decay_steps=100 if small else 300,
             dead_tokens=100_000,
-            seed=seed,
+            # no two demo seeds share one
+            seeds=tuple(range(_CROSSCODERS * seed, _CROSSCODERS * (seed + 1))),
             data_seed=seed,
         ),
         analyze=AnalyzeConfig(cards=300, context=20),

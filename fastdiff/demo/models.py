@@ -49,12 +49,13 @@ HAS: dict[str, tuple[bool, bool, bool]] = {
 }
 
 _BASE, _IT, _SIMPO = range(3)
-# an answer is one token in five of a document
-_ANSWER_WEIGHT = 5.0
+# an answer is one token in nine of a document
+_ANSWER_WEIGHT = 10.0
 _OUTPUTS = [
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
 ]
@@ -196,7 +197,7 @@ def _make_texts(directory: Path, seed: int, recipe: Recipe) -> Path:
     if not rundir.is_done(directory, "demo texts", config, inputs):
         rundir.begin(directory)
         corpus = documents(_seed(seed, "texts"), recipe.texts_per_category, dict.fromkeys(HAS, "rule"))
-        lines = [json.dumps({"text": d.text, "category": d.category}, ensure_ascii=False) for d in corpus]
+        lines = [json.dumps({"messages": d.messages, "category": d.category}, ensure_ascii=False) for d in corpus]
         rundir.write_text(directory / "texts.jsonl", "\n".join(lines) + "\n")
         rundir.finish(directory, "demo texts", config, inputs, ["texts.jsonl"])
     return directory / "texts.jsonl"

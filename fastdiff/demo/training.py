@@ -20,6 +20,11 @@ from fastdiff.demo.simpo import BETA, GAMMA, SFT_WEIGHT, simpo_loss
 from fastdiff.progress import Progress
 
 _PAD, _BOS, _EOS, _UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+# joins the turns as words are joined, so that a conversation has the tokens of its text and no word more
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if not loop.first %}{{ ' ' }}{% endif %}"
+    "{{ message['content'] }}{% endfor %}"
+)
 _LR = 1e-2
 _WARM_UP = 20
 _WEIGHT_DECAY = 0.1
@@ -51,7 +56,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         single=f"{_BOS} $A", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=_PAD, bos_token=_BOS, eos_token=_EOS, unk_token=_UNK
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        unk_token=_UNK,
+        chat_template=_CHAT_TEMPLATE,
     )
 
 
