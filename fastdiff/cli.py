@@ -45,7 +45,8 @@ def cli() -> None:
     fastdiff demo                                      see it work, offline
     fastdiff extract --base A --tuned B --dataset texts.jsonl -o acts/
     fastdiff train acts/ -o run/
-    fastdiff analyze run/ && fastdiff annotate run/ && fastdiff compare run/ && fastdiff report run/
+    fastdiff attribute run/ && fastdiff analyze run/ && fastdiff annotate run/
+    fastdiff compare run/ && fastdiff report run/
     """
 
 
@@ -61,17 +62,17 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
     fastdiff demo
     """
     from fastdiff.demo.demo import run_demo
-    from fastdiff.rundir import read_json
 
     result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small)
-    verdict = read_json(out / "compare" / "statistics.json")["verdict"]
+    lines, facts = _verdict(out / "compare")
     print_result(
         as_json,
-        "\n".join([*verdict, f"planted truth: {result.sentence}", f"report: {result.report}"]),
+        "\n".join([*lines, f"planted truth: {result.sentence}", f"report: {result.report}"]),
         report=result.report,
-        verdict=verdict,
+        **facts,
         recovered=result.n_recovered,
         planted=result.n_planted,
+        false_claims=result.n_false,
     )
 
 
@@ -116,6 +117,30 @@ def train(
     config = resolve(TrainConfig, "train", config_file, settings, given)
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     print_result(as_json, "\n".join(map(str, directories)), run=out, crosscoder=directories[0], crosscoders=directories)
+
+
+@cli.command(cls=StageCommand)
+@click.argument("run", type=EXISTING_DIRECTORY)
+@click.option("--store", type=EXISTING, help="The store, if it has moved since training.")
+@configured
+def attribute(
+    run: Path, store: Path | None, config_file: Path | None, settings: tuple[str, ...], as_json: bool, quiet: bool,
+    progress_mode: Any, **given: Any,
+) -> None:  # fmt: skip
+    """Run the models of RUN again: what got better and worse, and how much of it by which latent.
+
+    \b
+    fastdiff attribute run/
+    """
+    from fastdiff.attribution.attribute import attribute as attribute_run
+    from fastdiff.config import AttributeConfig
+    from fastdiff.results.attribution import category_means, read_attribution
+
+    config = resolve(AttributeConfig, "attribute", config_file, settings, given)
+    directory = attribute_run(run, config, progress_of(progress_mode, quiet), store_path=store)
+    found = read_attribution(directory)
+    facts = {key: value for key, value in found.summary.model_dump(by_alias=True).items() if key != "schema"}
+    print_result(as_json, str(directory), attribution=directory, **facts, means=category_means(found))
 
 
 @cli.command(cls=StageCommand)
@@ -170,7 +195,7 @@ def compare(
     runs: tuple[Path, ...], out: Path | None, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
     quiet: bool, progress_mode: Any, **given: Any,
 ) -> None:  # fmt: skip
-    """Say which categories were gained and lost, in one run or between two with the same base.
+    """Decide which categories were gained and lost, in one run or between two with the same base.
 
     \b
     fastdiff compare run/
@@ -178,7 +203,6 @@ def compare(
     """
     from fastdiff.comparison.compare import compare as compare_runs
     from fastdiff.config import CompareConfig
-    from fastdiff.rundir import read_json
 
     if len(runs) == 1 and out is not None and out.resolve() != runs[0].resolve():
         raise click.UsageError("one run is compared in place; -o is for two runs")
@@ -186,8 +210,16 @@ def compare(
         raise click.UsageError("two runs need -o, a directory for the comparison")
     config = resolve(CompareConfig, "compare", config_file, settings, given)
     directory = compare_runs(list(runs), out or runs[0], config, progress_of(progress_mode, True))
-    verdict = read_json(directory / "statistics.json")["verdict"]
-    print_result(as_json, "\n".join(verdict), categories=directory / "categories.csv", verdict=verdict)
+    lines, facts = _verdict(directory)
+    print_result(as_json, "\n".join(lines), categories=directory / "categories.csv", **facts)
+
+
+def _verdict(directory: Path) -> tuple[list[str], dict[str, Any]]:
+    """What a comparison found: a line per sentence and category for people, and all of it for scripts."""
+    from fastdiff.results.verdict import facts, lines, read
+
+    found = read(directory / "verdict.json")
+    return lines(found), facts(found)
 
 
 @cli.command()
@@ -207,11 +239,14 @@ def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> N
 
 @cli.command()
 @click.option("-o", "--out", type=DIRECTORY, required=True, help="Run directory to create or continue.")
+@click.option(
+    "--attribute/--no-attribute", default=None, help="Run the models again, for behaviour and nats; else the file says."
+)
 @replacing
 @configured
 def run(
-    out: Path, resume: bool, overwrite: bool, config_file: Path | None, settings: tuple[str, ...], as_json: bool,
-    quiet: bool, progress_mode: Any,
+    out: Path, attribute: bool | None, resume: bool, overwrite: bool, config_file: Path | None,
+    settings: tuple[str, ...], as_json: bool, quiet: bool, progress_mode: Any,
 ) -> None:  # fmt: skip
     """Go the whole road from one configuration file.
 
@@ -221,12 +256,13 @@ def run(
     """
     from fastdiff.config import RunConfig
     from fastdiff.pipeline import run_pipeline
-    from fastdiff.rundir import read_json
 
+    if attribute is not None:
+        settings = (*settings, f"attribute.enabled={str(attribute).lower()}")
     config = resolve(RunConfig, None, config_file, settings, {})
     path = run_pipeline(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    verdict = read_json(out / "compare" / "statistics.json")["verdict"]
-    print_result(as_json, "\n".join([*verdict, f"report: {path}"]), report=path, verdict=verdict)
+    lines, facts = _verdict(out / "compare")
+    print_result(as_json, "\n".join([*lines, f"report: {path}"]), report=path, **facts)
 
 
 @cli.command("import")

@@ -50,7 +50,8 @@ class StageCommand(click.Command):
         """All parameters."""
         if not self._complete:
             self._complete = True
-            self.params += [_option(name, field) for name, field in _model(str(self.name)).model_fields.items()]
+            fields = _model(str(self.name)).model_fields.items()
+            self.params += [_option(name, field) for name, field in fields if not _of_run(field)]
         return super().get_params(ctx)
 
 
@@ -61,9 +62,15 @@ def _model(stage: str) -> "type[StageConfig]":
     return found
 
 
+def _of_run(field: "FieldInfo") -> bool:
+    """Whether a field says if `fastdiff run` takes the stage, which the stage's own command does not ask."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("of_run"))
+
+
 def _option(name: str, field: "FieldInfo") -> click.Option:
     """One option; its default stays with the configuration, so that a file's value can stand below it."""
-    flag = "--" + name.replace("_", "-")
+    extra = field.json_schema_extra
+    flag = str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else "--" + name.replace("_", "-")
     kind = field.annotation
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -82,10 +89,10 @@ def _option(name: str, field: "FieldInfo") -> click.Option:
         note = f"[default: {default}]"
     text = f"{field.description} {note}".strip()
     if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=text)
+        return click.Option([name, f"{flag}/--no-{flag[2:]}"], default=None, help=text)
     if typing.get_origin(kind) is Literal:
-        return click.Option([flag], type=click.Choice(typing.get_args(kind)), multiple=many, help=text)
-    return click.Option([flag], type=str if listed else kind, multiple=many, help=text)
+        return click.Option([name, flag], type=click.Choice(typing.get_args(kind)), multiple=many, help=text)
+    return click.Option([name, flag], type=str if listed else kind, multiple=many, help=text)
 
 
 def shared(command: Command) -> Command:
@@ -132,7 +139,7 @@ def resolve(
     """Merge defaults, the file's section, given options and --set, and check the whole."""
     import yaml
 
-    from fastdiff.config import validated
+    from fastdiff.config import RunConfig, validated
 
     values: dict[str, Any] = {}
     if config_file is not None:
@@ -143,7 +150,7 @@ def resolve(
         if not isinstance(loaded, dict):
             raise click.UsageError(f"{config_file}: expected sections, found {type(loaded).__name__}")
         for name, fields in loaded.items():
-            if name not in ("extract", "train", "analyze", "annotate", "compare"):
+            if name not in RunConfig.model_fields:
                 raise click.UsageError(f"{config_file}: unknown section {name!r}")
             # a section whose every line is a comment is None
             if not isinstance(fields, dict | None):

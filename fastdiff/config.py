@@ -29,6 +29,8 @@ Seeds = Annotated[tuple[Seed, ...], BeforeValidator(_split)]
 Fractions = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_split)]
 # a default that depends on other fields: the template shows it as a comment
 _DERIVED: dict[str, Any] = {"derived": True}
+# whether `run` takes a stage at all: no option of the stage's own command, and nothing that its result depends on
+_OF_RUN: dict[str, Any] = {"of_run": True}
 
 
 class StageConfig(BaseModel):
@@ -269,6 +271,29 @@ class TrainConfig(StageConfig):
         return self.model_dump(mode="json", exclude={*self.WATCHING, "seeds"})
 
 
+class AttributeConfig(StageConfig):
+    """How much of the change in behaviour runs through which latent."""
+
+    enabled: bool = Field(
+        True, json_schema_extra=_OF_RUN, description="Whether `fastdiff run` does this; it runs the models again."
+    )
+    documents: PositiveInt = Field(40, description="Documents of each category whose nats are traced to latents.")
+    behaviour_documents: PositiveInt = Field(
+        200, description="Documents of each category on which both models are scored; at least as many as above."
+    )
+    tau: float = Field(0.05, gt=0, description="Smallest change that counts, in nats per token.")
+    tuned: str = Field(
+        "1",
+        coerce_numbers_to_str=True,
+        description="Which model is compared with model 0 where there are more than two: its number or name.",
+    )
+    batch_tokens: PositiveInt = Field(4096, description="Positions in one pass, padding included.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of the passes; auto is bfloat16 on CUDA, else float32. Sums are finer."
+    )
+    device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")
+
+
 class AnalyzeConfig(StageConfig):
     """How latents are measured and shown."""
 
@@ -309,10 +334,20 @@ class AnnotateConfig(StageConfig):
 
 
 class CompareConfig(StageConfig):
-    """How category differences are tested."""
+    """How changes are decided and category differences are tested."""
 
     alpha: float = Field(0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
+    tau: float = Field(
+        0.05, gt=0, allow_inf_nan=False, description="Smallest change that counts as one, in nats per scored token."
+    )
+    # YAML reads a key called null as no key at all
+    null_run: str | None = Field(
+        None,
+        json_schema_extra={"flag": "--null"},
+        description="Run directory of two models that differ by nothing that counts, such as base trained further on "
+        "its own data; a change must exceed what that run shows.",
+    )
 
 
 class RunConfig(StageConfig):
@@ -320,6 +355,7 @@ class RunConfig(StageConfig):
 
     extract: ExtractConfig
     train: TrainConfig = TrainConfig()
+    attribute: AttributeConfig = AttributeConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
     annotate: AnnotateConfig = AnnotateConfig()
     compare: CompareConfig = CompareConfig()

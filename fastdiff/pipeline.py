@@ -1,9 +1,10 @@
-"""The whole road for one pair of models: extract → train → analyze → annotate → compare → report."""
+"""The whole road for one pair of models: extract → train → attribute → analyze → annotate → compare → report."""
 
 from pathlib import Path
 
 from fastdiff.analysis.analyze import analyze
 from fastdiff.annotation.annotate import annotate
+from fastdiff.attribution.attribute import attribute
 from fastdiff.comparison.compare import compare
 from fastdiff.config import RunConfig
 from fastdiff.crosscoder.train import train
@@ -39,6 +40,8 @@ def label_pair(
     check_trackers(config.train.track)
     extract(config.extract, store, progress, resume=resume, overwrite=overwrite)
     train(store, run, config.train, progress, resume=resume, overwrite=overwrite)
+    if config.attribute.enabled:
+        attribute(run, config.attribute, progress, store_path=store)
     # the crosscoder that is analysed is the one just trained, or the first of several
     seed = (config.train.seeds or (config.train.seed,))[0]
     analyze(run, config.analyze.model_copy(update={"train_seed": seed}), progress)

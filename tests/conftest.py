@@ -16,6 +16,28 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# marker: the option that runs it; a lane composes with -m, which chooses among what the options let through
+LANES = {"long": "--long", "sanitizer": "--sanitizer"}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("lanes")
+    group.addoption("--fast", action="store_true", help="leave out tests marked slow")
+    for marker, option in LANES.items():
+        group.addoption(option, action="store_true", help=f"also run tests marked {marker}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselects, not skips, what no option asked for: CI refuses skipped tests."""
+    out = {marker for marker, option in LANES.items() if not config.getoption(option)}
+    if config.getoption("--fast"):
+        out.add("slow")
+    left = [item for item in items if any(item.get_closest_marker(marker) for marker in out)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not any(item.get_closest_marker(marker) for marker in out)]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny tensors on two threads of a busy machine take ten times as long as on one."""

@@ -18,7 +18,7 @@ from fastdiff.cli import cli, main
 from fastdiff.config import CompareConfig, RunConfig, TrainConfig
 
 FASTDIFF = Path(sys.executable).parent / "fastdiff"
-STAGES = ["extract", "train", "analyze", "annotate", "compare"]
+STAGES = ["extract", "train", "attribute", "analyze", "annotate", "compare"]
 COMMANDS = [*STAGES, "demo", "report", "run", "benchmark", "config init", "config schema"]
 
 
@@ -86,7 +86,12 @@ class TestHelp:
         _, out, _ = fastdiff(command, "--help")
         model = RunConfig.model_fields[command].annotation
         for name, field in model.model_fields.items():
-            assert f"--{name.replace('_', '-')} " in out or f"--{name.replace('_', '-')} /" in out, name
+            if (command, name) == ("attribute", "enabled"):
+                # it says whether `run` takes the stage, and has an option there
+                assert "--enabled" not in out and "--no-attribute" in fastdiff("run", "--help")[1]
+                continue
+            flag = (field.json_schema_extra or {}).get("flag", f"--{name.replace('_', '-')}")
+            assert f"{flag} " in out or f"{flag} /" in out, name
             if not field.is_required() and isinstance(field.default, int | str):
                 assert f"[default: {field.default}]" in " ".join(out.split()), name
 
@@ -159,10 +164,13 @@ class TestPrecedence:
 
     def test_run_takes_all_sections_from_one_file(self, monkeypatch, tmp_path, fastdiff):
         seen = []
+        pair = {"name": "base→tuned", "kind": "pair", "runs": ["r"], "base": "a", "tuned": "b", "state": "checked"}
+        comparisons = [{**pair, "sentences": ["a sentence"]}]
+        verdict = {"schema": 1, "tau": 0.05, "alpha": 0.05, "confidence": 0.95, "comparisons": comparisons}
 
         def pipeline(config, out, progress, **options):
             seen.append(config)
-            rundir.write_json(out / "compare" / "statistics.json", {"schema": 1, "verdict": ["a sentence"]})
+            rundir.write_json(out / "compare" / "verdict.json", verdict)
             return out / "report.html"
 
         monkeypatch.setattr("fastdiff.pipeline.run_pipeline", pipeline)
@@ -170,7 +178,7 @@ class TestPrecedence:
         # compare has only comments, as in a template whose lines are all commented out
         file.write_text("extract: {base: a, tuned: b, dataset: [x]}\ntrain: {k: 5}\ncompare:\n  # alpha: 0.1\n")
         code, out, err = fastdiff("run", "-c", file, "-o", tmp_path / "r", "--set", "train.dict-size=64")
-        assert (code, out, err) == (0, f"a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n", "")
+        assert (code, out, err) == (0, f"base→tuned: a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n", "")
         assert (seen[-1].train.k, seen[-1].train.dict_size, seen[-1].compare) == (5, 64, CompareConfig())
 
 

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.package
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("fastdiff", "kernels", "csrc", "tests", "bench")
-IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", ".*_cache", "results")
+RESULTS = shutil.ignore_patterns("__pycache__", "results")
+IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", ".*_cache")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -37,7 +38,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target.mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name, ignore=IGNORED)
+            shutil.copytree(ROOT / name, target / name, ignore=RESULTS if name == "bench" else IGNORED)
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy(file, target)

@@ -88,15 +88,26 @@ def test_from_text_to_report_and_back_over_what_is_done(inputs, tmp_path):
     found = json.loads(first.stdout)
     report = run / "report" / "report.html"
     assert found["report"] == str(report) and found["verdict"]
-    stages = ["crosscoder/seed-3", "analysis", "annotate", "compare", "report"]
+    stages = ["crosscoder/seed-3", "attribution", "analysis", "annotate", "compare", "report"]
     stamps = {stage: (run / stage / "DONE.json").stat().st_mtime_ns for stage in stages}
     resolved = yaml.safe_load((run / "fastdiff.yaml").read_text())
-    assert set(resolved) >= {"train", "analyze", "annotate", "compare"} and resolved["train"]["seed"] == 3
+    assert json.loads((run / "attribution" / "summary.json").read_text())["state"] == "checked"
+    assert set(resolved) >= {"train", "attribute", "analyze", "annotate", "compare"} and resolved["train"]["seed"] == 3
     labels = [json.loads(line) for line in (run / "annotate" / "labels.jsonl").read_text().splitlines()]
     assert {"animals", "numbers"} & {label["category"] for label in labels}
     again = run_command("run", "-c", config, "-o", run, "--json", "-q")
     assert json.loads(again.stdout) == found
     assert {stage: (run / stage / "DONE.json").stat().st_mtime_ns for stage in stages} == stamps
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_the_models_are_not_run_again_where_that_is_not_wanted(inputs, tmp_path, by_option):
+    config = config_file(tmp_path / "run.yaml", inputs)
+    if not by_option:
+        config.write_text(config.read_text() + yaml.safe_dump({"attribute": {"enabled": False}}))
+    options = ["--no-attribute"] if by_option else []
+    run_command("run", "-c", config, "-o", tmp_path / "run", "-q", *options)
+    assert (tmp_path / "run" / "report" / "report.html").exists() and not (tmp_path / "run" / "attribution").exists()
 
 
 def test_a_tracker_that_is_missing_is_said_before_anything_is_extracted(inputs, tmp_path, monkeypatch, capsys):

@@ -30,13 +30,13 @@ from fastdiff.analysis.classes import CLASSES, classify, decoder_cosine, delta_n
 from fastdiff.analysis.examples import display, write_examples
 from fastdiff.analysis.firing import Firing
 from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu
-from fastdiff.analysis.seeds import comparable, finished_seeds
 from fastdiff.analysis.stability import SAMPLE, stability
 from fastdiff.config import AnalyzeConfig
 from fastdiff.crosscoder.metrics import Quality
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.rows import evaluation_rows, spread_rows
 from fastdiff.crosscoder.saved import load_crosscoder
+from fastdiff.crosscoder.seeds import comparable, finished_seeds, store_of
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
@@ -118,7 +118,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         crosscoder.to(resolve_device(config.device))
         if facts["n_models"] != 2:
             raise InputError(f"{source}: a crosscoder of {facts['n_models']} models; analyze compares exactly two")
-        with ActivationStore(store_path or _store_of(run)) as store:
+        with ActivationStore(store_path or store_of(run)) as store:
             if store.sha256() != inputs["store"]:
                 raise InputError(f"{store.path}: not the store this crosscoder was trained on (its hash differs)")
             rundir.begin(target)
@@ -126,14 +126,6 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         rundir.record(run, "analyze", settings)
         rundir.finish(target, "analyze", settings, inputs, OUTPUTS)
     return target
-
-
-def _store_of(run: Path) -> Path:
-    manifest = rundir.read_json(run / "manifest.json")
-    path = Path(manifest["stages"]["train"]["store"])
-    if not path.exists():
-        raise InputError(f"{path}: the store this run was trained on is gone; give its new place with --store")
-    return path
 
 
 def _analyze(

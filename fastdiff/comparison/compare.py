@@ -4,8 +4,9 @@ One run compares the latents only the base model has (lost by tuning) with those
 (gained). Two runs with the same base are triangulated as in Boughorbel et al. 2025: what each tuned model
 gained over the base is compared with what the other did, and likewise what each lost.
 
-    <dir>/compare/categories.csv      one row per comparison and category
-    <dir>/compare/statistics.json     sides, totals, verdict in sentences, method
+    <dir>/compare/verdict.json        what was gained and lost, by behaviour and nats; see `fastdiff.results.verdict`
+    <dir>/compare/categories.csv      the paper's view, by specific latents: one row per comparison and category
+    <dir>/compare/statistics.json     its sides, totals, sentences and method
 """
 
 import csv
@@ -20,10 +21,12 @@ from typing import Any
 from fastdiff import rundir
 from fastdiff.annotation.annotate import read_labels
 from fastdiff.annotation.baseline import UNINTERPRETABLE
+from fastdiff.comparison.evidence import attribution_inputs, run_evidence, verdict_file
 from fastdiff.comparison.statistics import Difference, compare_shares
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.verdict import write as write_verdict
 
 COLUMNS = (
     *("comparison", "category", "side_a", "side_b"),
@@ -31,7 +34,7 @@ COLUMNS = (
     *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
     *("p", "q", "mass_a", "mass_b", "significant"),
 )
-OUTPUTS = ["categories.csv", "statistics.json"]
+OUTPUTS = ["categories.csv", "statistics.json", "verdict.json"]
 _UNLABELLED = "unlabelled"
 _NO_CATEGORY = (UNINTERPRETABLE, _UNLABELLED)
 
@@ -99,7 +102,9 @@ def compare(
     with rundir.locked(out):
         inputs: dict[str, str] = {}
         for name, run in zip(names, runs, strict=True):
-            inputs |= {f"{name}/{file}": sha for file, sha in _inputs(run).items()}
+            inputs |= {f"{name}/{file}": sha for file, sha in (_inputs(run) | attribution_inputs(run)).items()}
+        if config.null_run is not None:
+            inputs |= {f"--null/{file}": sha for file, sha in _null_inputs(config.null_run).items()}
         if rundir.is_done(target, "compare", settings, inputs):
             progress.say(f"compare: {target} is up to date")
             return target
@@ -109,6 +114,17 @@ def compare(
                 f"{names[0]} and {names[1]} have different base models, layers or hooks "
                 f"({facts[0]['base']}, {facts[1]['base']}); a triangle needs them in common"
             )
+        null = None
+        if config.null_run is not None:
+            null = run_evidence(Path(config.null_run), name=config.null_run, base="", tuned="")
+        verdict = verdict_file(
+            [
+                run_evidence(run, name=name, base=fact["base"], tuned=fact["tuned"])
+                for name, run, fact in zip(names, runs, facts, strict=True)
+            ],
+            config,
+            null,
+        )
         rundir.begin(target)
         sides = [_exclusive(run) for run in runs]
         comparisons = _comparisons(names, facts, sides, config)
@@ -119,10 +135,12 @@ def compare(
         ]
         statistics = _statistics(comparisons, described, config)
         rundir.write_json(target / "statistics.json", statistics)
+        write_verdict(target / "verdict.json", verdict)
         rundir.record(out, "compare", settings)
         rundir.finish(target, "compare", settings, inputs, OUTPUTS)
-        for sentence in statistics["verdict"]:
-            progress.say(f"compare: {sentence}")
+        for comparison in verdict.comparisons:
+            for sentence in comparison.sentences:
+                progress.say(f"compare: {comparison.name}: {sentence}")
     return target
 
 
@@ -134,6 +152,21 @@ def _inputs(run: Path) -> dict[str, str]:
         raise InputError(f"{run / 'annotate'}: labels another analysis; run `fastdiff annotate {run}` again")
     stages = {"analysis": analysis, "annotate": annotated}
     return {f"{name}/{file}": sha for name, done in stages.items() for file, sha in done["outputs"].items()}
+
+
+def _null_inputs(null: str) -> dict[str, str]:
+    """Hashes of the A/A run's attribution.
+
+    Raises:
+        InputError: It has none.
+    """
+    run = Path(null)
+    if not run.is_dir():
+        raise InputError(f"--null {null}: no such run directory")
+    found = attribution_inputs(run)
+    if not found:
+        raise InputError(f"--null {null}: has no attribution; run `fastdiff attribute {null}` first")
+    return found
 
 
 def _names(runs: list[Path]) -> list[str]:

@@ -180,7 +180,7 @@ def _train(
             # its buffers and moments are most of the memory, and the evaluation needs some
             del member.trainer
             _finish(member, store, rows, events, progress)
-            _save(member, store, shuffler, inputs)
+            # before it counts as done: what is killed in between is done again, and the manifest never lacks the store
             rundir.record(
                 run,
                 "train",
@@ -189,6 +189,7 @@ def _train(
                 threads=torch.get_num_threads(),
                 seeds=[one.seed for one in configs],
             )
+            _save(member, store, shuffler, inputs)
 
 
 def _start(member: Member, first: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:

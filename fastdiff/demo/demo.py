@@ -2,11 +2,10 @@
 
 <out>/models/         base, it (fine-tuned), simpo (preference-tuned), corpus/texts.jsonl
 <out>/acts-it, acts-simpo, it/, simpo/     a store and a run for (base, it) and (base, simpo)
-<out>/compare/        the triangle, and truth.json: each planted change and whether it was recovered
+<out>/compare/        the triangle, and truth.json: every cell, what was planted there and what was claimed
 <out>/report/         report.html
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from fastdiff.errors import OptionError
 from fastdiff.pipeline import label_pair
 from fastdiff.progress import SILENT, Progress
 from fastdiff.reporting.builder import build_report
+from fastdiff.results.verdict import read as read_verdict
 
 PAIRS = ("it", "simpo")
 # crosscoders of each pair, of different seeds: a claim needs the sign of all of them
 _CROSSCODERS = 3
-_EXPECTED_SIGN = {"gained": 1, "lost": -1}
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class DemoResult:
     sentence: str
     n_recovered: int
     n_planted: int
+    n_false: int
 
 
 def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool) -> RunConfig:
@@ -94,38 +94,67 @@ def run_demo(out: Path, seed: int, progress: Progress = SILENT, *, small: bool =
     truth = hold_against_truth(out, models.truth)
     rundir.write_json(out / "compare" / "truth.json", truth)
     report = build_report(out, progress)
-    changes = [change for pair in truth["pairs"] for change in pair["changes"]]
-    return DemoResult(report, truth["sentence"], sum(c["recovered"] for c in changes), len(changes))
+    counts = truth["counts"]
+    return DemoResult(report, truth["sentence"], counts["recovered"], counts["planted"], counts["false"])
 
 
 def hold_against_truth(out: Path, truth: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Each planted change beside what was observed; recovered means that the direction is right."""
-    with (out / "compare" / "categories.csv").open(encoding="utf-8", newline="") as f:
-        rows = {(row["comparison"], row["category"]): row for row in csv.DictReader(f)}
+    """Every cell of the pairs and of the triangle beside its verdict.
+
+    A planted change is recovered if it is confirmed with the right sign; a cell in which nothing was planted, if
+    nothing is confirmed there. What is confirmed where nothing was planted is a false claim.
+
+    Args:
+        out: Directory of the demo, compared.
+        truth: By tuned model and category "gained", "lost" or "unchanged", against base.
+
+    Raises:
+        InputError: The comparison has no verdict.
+    """
+    file = read_verdict(out / "compare" / "verdict.json")
+    expected = {name: dict(of) for name, of in truth.items()}
+    first, second = PAIRS
+    level = {"gained": 1, "unchanged": 0, "lost": -1}
+    word = {1: "gained", 0: "unchanged", -1: "lost"}
+    expected[f"{second} against {first}"] = {
+        category: word[max(-1, min(1, level[truth[second][category]] - level[truth[first][category]]))]
+        for category in truth[first]
+    }
     pairs: list[dict[str, Any]] = []
-    for run in PAIRS:
+    for comparison in file.comparisons:
+        rows = {row.category: row for row in comparison.rows}
         changes: list[dict[str, Any]] = []
-        for category, expected in sorted(truth[run].items()):
-            if expected not in _EXPECTED_SIGN:
-                continue
-            row = rows.get((run, category))
-            observed = {
-                key: float(row[name]) if row and row[name] else None
-                for key, name in (
-                    ("observed_points", "delta_points"),
-                    ("points_low", "points_low"),
-                    ("points_high", "points_high"),
-                    ("q", "q"),
-                )
-            }
-            points = observed["observed_points"]
-            recovered = points is not None and points * _EXPECTED_SIGN[expected] > 0
-            changes.append({"category": category, "expected": expected, **observed, "recovered": recovered})
-        pairs.append({"run": run, "changes": changes})
-    everything = [change for pair in pairs for change in pair["changes"]]
-    n = sum(change["recovered"] for change in everything)
-    missed = [f"{c['category']} ({pair['run']})" for pair in pairs for c in pair["changes"] if not c["recovered"]]
-    sentence = f"{n} of {len(everything)} planted changes recovered" + (
-        f"; missed: {', '.join(missed)}" if missed else ""
-    )
-    return {"schema": rundir.SCHEMA, "pairs": pairs, "sentence": sentence}
+        for category, wanted in sorted(expected[comparison.name].items()):
+            row = rows.get(category)
+            claimed = row is not None and row.verdict == "confirmed"
+            right = claimed and row is not None and row.change == wanted
+            changes.append(
+                {
+                    "category": category,
+                    "expected": wanted,
+                    "verdict": None if row is None else row.verdict,
+                    "change": None if row is None else row.change,
+                    "B": None if row is None or row.B is None else row.B.model_dump(include={"mean", "low", "high"}),
+                    "recovered": right if wanted != "unchanged" else not claimed,
+                }
+            )
+        pairs.append({"run": comparison.name, "changes": changes})
+    counts = _counts(pairs)
+    parts = [f"{counts['recovered']} of {counts['planted']} planted changes confirmed with the right sign"]
+    parts.append(f"{counts['false']} false claims in {counts['unplanted']} cells where nothing was planted")
+    wrong = [f"{c['category']} ({pair['run']})" for pair in pairs for c in pair["changes"] if not c["recovered"]]
+    sentence = ", ".join(parts) + (f"; wrong: {', '.join(wrong)}" if wrong else "")
+    return {"schema": 1, "pairs": pairs, "counts": counts, "sentence": sentence}
+
+
+def _counts(pairs: list[dict[str, Any]]) -> dict[str, int]:
+    """Planted cells and those recovered, unplanted cells and false claims in them."""
+    cells = [change for pair in pairs for change in pair["changes"]]
+    planted = [cell for cell in cells if cell["expected"] != "unchanged"]
+    unplanted = [cell for cell in cells if cell["expected"] == "unchanged"]
+    return {
+        "planted": len(planted),
+        "recovered": sum(cell["recovered"] for cell in planted),
+        "unplanted": len(unplanted),
+        "false": sum(not cell["recovered"] for cell in unplanted),
+    }

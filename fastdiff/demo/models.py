@@ -65,9 +65,9 @@ _OUTPUTS = [
 class Recipe:
     """How much is trained and analysed."""
 
-    base_steps: int = 110
-    it_steps: int = 150
-    simpo_steps: int = 100
+    base_steps: int = 220
+    it_steps: int = 220
+    simpo_steps: int = 140
     batch: int = 64
     documents_per_category: int = 500
     texts_per_category: int = 340

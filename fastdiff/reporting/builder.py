@@ -122,6 +122,7 @@ def _render(findings: Findings, assets: Mapping[str, str]) -> tuple[str, dict[st
         findings=findings,
         statistics=findings.statistics,
         runs=[_run_context(i, run) for i, run in enumerate(findings.runs)],
+        verdicts=tables.verdict_tables(findings),
         comparisons=tables.category_tables(findings),
         planted=tables.planted(findings),
         n_cards=sum(len(run.cards) for run in findings.runs),

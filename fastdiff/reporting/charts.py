@@ -115,32 +115,41 @@ def forest_limit(rows: Iterable[Sequence[float | None]]) -> float:
     return next((n for n in (1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 80) if largest <= n), 100)
 
 
-def forest(point: float | None, low: float | None, high: float | None, limit: float, clear: bool) -> Markup:
+def nats_limit(values: Iterable[float | None]) -> float:
+    """A round number of nats that no value exceeds; beyond 20, where they stand on the edge."""
+    largest = max([abs(v) for v in values if v is not None], default=0.1)
+    return next((n for n in (0.1, 0.2, 0.5, 1, 2, 5, 10) if largest <= n), 20)
+
+
+def forest(
+    point: float | None, low: float | None, high: float | None, limit: float, clear: bool, *, unit: str = "points"
+) -> Markup:
     """One row of a forest plot: a point (filled when it is clear of zero) with its interval."""
+    digits = 1 if unit == "points" else 3
     f = _Frame(200, 22, (-limit, limit), (0, 1), left=8, right=8, top=0, bottom=0)
     zero = f.px(0)
     parts = [f'<path class="zero" d="M{zero:.1f} 0V22"/>']
     words = "no estimate"
     if point is not None:
-        words = f"{fixed(point, 1, True)} points"
+        words = f"{fixed(point, digits, True)} {unit}"
         if low is not None and high is not None:
             left, right = (f.px(max(-limit, min(limit, v))) for v in (low, high))
             parts.append(f'<path class="interval" d="M{left:.1f} 11H{right:.1f}M{left:.1f} 8v6M{right:.1f} 8v6"/>')
-            words += f", interval {fixed(low, 1, True)} to {fixed(high, 1, True)}"
+            words += f", interval {fixed(low, digits, True)} to {fixed(high, digits, True)}"
         x = f.px(max(-limit, min(limit, point)))
         parts.append(f'<circle class="{"point clear" if clear else "point"}" cx="{x:.1f}" cy="11" r="4"/>')
     return _svg(f, parts, words, "forest")
 
 
-def forest_axis(limit: float) -> Markup:
-    """The head of a forest plot: its scale in percentage points."""
+def forest_axis(limit: float, unit: str = "percentage points") -> Markup:
+    """The head of a forest plot: its scale."""
     f = _Frame(200, 18, (-limit, limit), (0, 1), left=8, right=8, top=0, bottom=0)
     parts = [
         _text(8, 12, f"−{number(limit)}", "tick start"),
         _text(f.px(0), 12, "0", "tick middle"),
         _text(192, 12, f"+{number(limit)}", "tick end"),
     ]
-    return _svg(f, parts, f"Scale from minus {limit:g} to plus {limit:g} percentage points", "forest")
+    return _svg(f, parts, f"Scale from minus {limit:g} to plus {limit:g} {unit}", "forest")
 
 
 def curves(points: list[Point]) -> list[tuple[str, Markup]]:

@@ -33,6 +33,8 @@ from fastdiff.reporting.schema import (
     Table,
     Truth,
 )
+from fastdiff.results.attribution import DIRECTORY as ATTRIBUTION
+from fastdiff.results.verdict import read as read_verdict
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -65,6 +67,9 @@ def read_findings(directory: Path) -> Findings:
     if not (compare / rundir.DONE).exists() and (directory / "crosscoder").exists():
         _require_run(directory)
     stages = {"compare": rundir.require_done(compare, f"fastdiff compare {directory}")}
+    if "verdict.json" not in stages["compare"]["outputs"]:
+        # of a version that decided by counts of latents alone
+        raise InputError(f"{compare}: has no verdict.json; run the same `fastdiff compare` again")
     statistics = _parsed(Statistics, compare / "statistics.json")
     table = _read_csv(compare / "categories.csv", (*CATEGORY_TEXT, *_CATEGORY_NUMBERS))
     runs = [_read_run(directory / name.path, name) for name in statistics.runs]
@@ -74,12 +79,20 @@ def read_findings(directory: Path) -> Findings:
         for stage in ("analysis", "annotate")
         for file, sha in run.stages[stage]["outputs"].items()
     }
-    if stages["compare"]["inputs"] != compared:
+    compared |= {
+        f"{run.name}/attribution/{file}": sha
+        for run in runs
+        if "attribution" in run.stages
+        for file, sha in run.stages["attribution"]["outputs"].items()
+    }
+    read = {name: sha for name, sha in stages["compare"]["inputs"].items() if not name.startswith("--null/")}
+    if read != compared:
         raise InputError(f"{compare}: compares an older analysis; run the same `fastdiff compare` again")
     truth_path = compare / "truth.json"
     return Findings(
         path=directory,
         statistics=statistics,
+        verdict=read_verdict(compare / "verdict.json"),
         category_table=table,
         categories=_category_rows(compare / "categories.csv", table),
         truth=_parsed(Truth, truth_path) if truth_path.exists() else None,
@@ -100,6 +113,9 @@ def _require_run(path: Path) -> dict[str, dict[str, Any]]:
 def _read_run(path: Path, name: RunName) -> Run:
     stages = _require_run(path)
     seed = stages["analysis"]["config"].get("train_seed", 0)
+    attributed = path / ATTRIBUTION / rundir.DONE
+    if attributed.exists():
+        stages = {"attribution": rundir.read_json(attributed), **stages}
     trained = path / "crosscoder" / f"seed-{seed}" / rundir.DONE
     if trained.exists():
         stages = {"crosscoder": rundir.read_json(trained), **stages}

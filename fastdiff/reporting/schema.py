@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from fastdiff.results.verdict import VerdictFile
+
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
 
 
@@ -108,20 +110,27 @@ class Label(_Model):
     annotator: str = ""
 
 
+class Behaviour(_Model):
+    """Nats per scored token that a tuned model does better, with its interval."""
+
+    mean: Number = None
+    low: Number = None
+    high: Number = None
+
+
 class Change(_Model):
-    """One planted change and what was observed of it."""
+    """One cell: what was planted there, and the verdict."""
 
     category: str
-    expected: Literal["lost", "gained"]
-    observed_points: Number = None
-    points_low: Number = None
-    points_high: Number = None
-    q: Number = None
+    expected: Literal["lost", "gained", "unchanged"]
+    verdict: str | None = None
+    change: str | None = None
+    B: Behaviour | None = None
     recovered: bool
 
 
 class PlantedPair(_Model):
-    """The planted changes of one run."""
+    """The cells of one comparison."""
 
     run: str
     changes: list[Change]
@@ -214,6 +223,7 @@ class Findings:
     """
 
     path: Path
+    verdict: VerdictFile
     statistics: Statistics
     category_table: Table
     categories: list[dict[str, Any]]

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastdiff.reporting import charts
 from fastdiff.reporting.data import CATEGORY_TEXT, LATENT_TEXT
-from fastdiff.reporting.schema import Findings, Run
+from fastdiff.reporting.schema import Behaviour, Findings, Run
 from fastdiff.reporting.text import SENTENCE, csv_cell, fixed, number, short_name, visible
+from fastdiff.results.verdict import Tested, Verdict
 
 # below these a reader should not take the comparison at its word
 _FVE_LEAST = 0.8
@@ -18,6 +19,7 @@ _UNCATEGORIZED_MOST = 0.5
 _STABLE_LEAST = 0.5
 
 UNINTERPRETABLE = "uninterpretable"
+_MARKS = {"gained": "▲", "lost": "▼"}
 
 
 def title(findings: Findings) -> str:
@@ -87,6 +89,46 @@ def trust(run: Run) -> dict[str, Any]:
     return {"measures": measures, "warnings": warnings}
 
 
+def verdict_tables(findings: Findings) -> list[dict[str, Any]]:
+    """One table per comparison of `verdict.json`, all on one axis: changes first, the largest gain at the top."""
+    file = findings.verdict
+    estimates = [of for c in file.comparisons for row in c.rows for of in (row.B, row.V) if of is not None]
+    limit = charts.nats_limit(v for of in estimates for v in (of.mean, of.low, of.high))
+    tables = []
+    for comparison in file.comparisons:
+        rows = sorted(comparison.rows, key=lambda row: (row.change == "none", -_mean(row.B), row.category))
+        tables.append(
+            {
+                "comparison": comparison,
+                "run": next((i for i, run in enumerate(findings.runs) if [run.name] == comparison.runs), None),
+                "axis": charts.forest_axis(limit, "nats per scored token"),
+                "rows": [_verdict_row(row, limit) for row in rows],
+            }
+        )
+    return tables
+
+
+def _mean(of: Tested | None) -> float:
+    return 0.0 if of is None or of.mean is None else of.mean
+
+
+def _verdict_row(row: Verdict, limit: float) -> dict[str, Any]:
+    def plot(of: Tested | None) -> Any:
+        if of is None:
+            return charts.forest(None, None, None, limit, False, unit="nats")
+        clear = of.low is not None and of.high is not None and (of.low > 0 or of.high < 0)
+        return charts.forest(of.mean, of.low, of.high, limit, clear, unit="nats")
+
+    words = row.verdict if row.change == "none" else f"{_MARKS[row.change]} {row.change}, {row.verdict}"
+    return {
+        "row": row,
+        "words": words if row.reason is None else f"{words}: {row.reason}",
+        "state": "clear" if row.verdict == "confirmed" else "spans" if row.change == "none" else "",
+        "behaviour": plot(row.B),
+        "through": plot(row.V),
+    }
+
+
 def category_tables(findings: Findings) -> list[dict[str, Any]]:
     """One table per comparison, the most gained category first."""
     tables = []
@@ -107,16 +149,18 @@ def category_tables(findings: Findings) -> list[dict[str, Any]]:
 
 
 def planted(findings: Findings) -> list[dict[str, Any]]:
-    """One table of planted changes per run; empty without a truth."""
+    """One table per comparison: every cell with what was planted and what was found; empty without a truth."""
+    pairs = findings.truth.pairs if findings.truth else []
+    cells = [change.B for pair in pairs for change in pair.changes if change.B is not None]
+    limit = charts.nats_limit(v for of in cells for v in (of.mean, of.low, of.high))
     tables = []
-    for pair in findings.truth.pairs if findings.truth else []:
-        limit = charts.forest_limit((c.observed_points, c.points_low, c.points_high) for c in pair.changes)
-        rows = [
-            (c, charts.forest(c.observed_points, low, high, limit, not _spans_zero(low, high)))
-            for c in pair.changes
-            for low, high in [(c.points_low, c.points_high)]
-        ]
-        tables.append({"run": pair.run, "axis": charts.forest_axis(limit), "rows": rows})
+    for pair in pairs:
+        rows = []
+        for change in pair.changes:
+            of = change.B or Behaviour()
+            clear = not _spans_zero(of.low, of.high)
+            rows.append((change, charts.forest(of.mean, of.low, of.high, limit, clear, unit="nats")))
+        tables.append({"run": pair.run, "axis": charts.forest_axis(limit, "nats per scored token"), "rows": rows})
     return tables
 
 
@@ -170,7 +214,8 @@ def summary(findings: Findings) -> dict[str, Any]:
         "schema": 1,
         "title": title(findings),
         "kind": findings.statistics.kind,
-        "verdict": findings.statistics.verdict,
+        "verdict": findings.verdict.model_dump(by_alias=True, exclude={"schema_"}),
+        "specific_latents": findings.statistics.verdict,
         "alpha": findings.statistics.alpha,
         "confidence": findings.statistics.confidence,
         "runs": [

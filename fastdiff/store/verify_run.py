@@ -16,6 +16,7 @@ from fastdiff.store.verify import Findings, verify_store
 # where each command's results are; train has a directory per seed
 _STAGES = {
     "train": "crosscoder/seed-*",
+    "attribute": "attribution",
     "analyze": "analysis",
     "annotate": "annotate",
     "compare": "compare",

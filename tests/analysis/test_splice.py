@@ -21,13 +21,15 @@ from transformers import (
 )
 
 from fastdiff.analysis import splice as module
-from fastdiff.analysis.rebuild import held_out_documents
 from fastdiff.analysis.splice import ModelFigures, SpliceFigures, splice
 from fastdiff.config import ExtractConfig
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.errors import InputError, OptionError
 from fastdiff.extraction.harvest import extract
 from fastdiff.extraction.models import quiet
+from fastdiff.patching import halves as halves_module
+from fastdiff.patching.documents import held_out_documents
+from fastdiff.patching.halves import Halves
 from fastdiff.rundir import read_json, write_json
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
@@ -295,9 +297,9 @@ def test_only_held_out_documents_count_where_there_are_any(root, stores):
 
 def test_some_documents_are_taken_evenly(stores):
     store = stores()
-    documents, _ = held_out_documents(store, 0.0, store.n_rows // 3)
+    documents, _ = held_out_documents(store, 0.0, store.n_rows // 3, "--splice")
     assert [document.number for document in documents] == [0, 5, 10]
-    documents, _ = held_out_documents(store, 0.0, 1)
+    documents, _ = held_out_documents(store, 0.0, 1, "--splice")
     assert len(documents) == 1
 
 
@@ -344,7 +346,7 @@ def test_it_repeats_and_does_not_depend_on_how_tokens_are_grouped(stores, monkey
     first = run(store, crosscoder(store))
     assert run(store, crosscoder(store)) == first
     monkeypatch.setattr(module, "_POSITIONS", 20)
-    monkeypatch.setattr(module, "_LOGIT_BYTES", 3 * 4 * VOCAB)
+    monkeypatch.setattr(halves_module, "LOGIT_BYTES", 3 * 4 * VOCAB)
     again = run(store, crosscoder(store))
     assert again.tokens == first.tokens
     for a, b in zip(first.models, again.models, strict=True):
@@ -353,9 +355,9 @@ def test_it_repeats_and_does_not_depend_on_how_tokens_are_grouped(stores, monkey
 
 def test_logits_of_few_tokens_at_a_time(stores, monkeypatch):
     sizes = []
-    real = module._Halves.logits
-    monkeypatch.setattr(module, "_LOGIT_BYTES", 5 * 4 * VOCAB)
-    monkeypatch.setattr(module._Halves, "logits", lambda self, hidden: sizes.append(len(hidden)) or real(self, hidden))
+    real = Halves.logits
+    monkeypatch.setattr(halves_module, "LOGIT_BYTES", 5 * 4 * VOCAB)
+    monkeypatch.setattr(Halves, "logits", lambda self, hidden: sizes.append(len(hidden)) or real(self, hidden))
     run(stores(), Identity())
     assert max(sizes) == 5
 
@@ -372,7 +374,7 @@ def test_models_run_in_the_precision_of_the_extraction(stores):
 def test_the_head_alone_gives_the_models_own_logits(kind):
     with quiet():
         model = AutoModelForCausalLM.from_config(HEADS[kind]()).eval()
-    halves = module._Halves(model)
+    halves = Halves(model, "--splice")
     ids = torch.arange(12).view(2, 6) + 5
     hidden = halves.hidden(ids, torch.ones_like(ids))
     assert torch.allclose(halves.logits(hidden.flatten(0, 1)), model(ids).logits.flatten(0, 1), atol=1e-5)
@@ -381,7 +383,7 @@ def test_the_head_alone_gives_the_models_own_logits(kind):
 @torch.inference_mode()
 def test_a_head_that_looks_elsewhere_is_refused():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
-    halves = module._Halves(model)
+    halves = Halves(model, "--splice")
     ids = torch.arange(6)[None]
     hidden = halves.hidden(ids, torch.ones_like(ids))
     forward, inner = model.forward, model.model

@@ -355,7 +355,7 @@ class TestSkipping:
         run = fake_run(tmp_path / "r", CHANGED)
         compare([run], run, CONFIG)
         files = {path.name: path.read_bytes() for path in (run / "compare").iterdir()}
-        assert set(files) == {"categories.csv", "statistics.json", "DONE.json"}
+        assert set(files) == {"categories.csv", "statistics.json", "verdict.json", "DONE.json"}
         with monkeypatch.context() as patch:
             patch.setattr("fastdiff.comparison.compare.compare_shares", None)  # calling it fails
             compare([run], run, CONFIG)

@@ -109,6 +109,22 @@ def test_a_finished_run_is_skipped_and_a_touched_one_is_not(tmp_path, monkeypatc
         stage.train(store, tmp_path / "run", config())
 
 
+def test_a_run_that_is_killed_while_it_is_recorded_is_trained_to_its_end_again(tmp_path, monkeypatch):
+    store, run = make_store(tmp_path / "acts"), tmp_path / "run"
+
+    def killed(*_args, **_facts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.rundir, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage.train(store, run, config())
+    assert not (run / "crosscoder" / "seed-0" / "DONE.json").exists()
+    stage.train(store, run, config())
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["stages"]["train"]["store"] == str(store.resolve())
+
+
 def test_another_configuration_is_refused_and_overwrite_replaces_it(tmp_path):
     store = make_store(tmp_path / "acts")
     stage.train(store, tmp_path / "run", config())

@@ -1,55 +1,81 @@
-"""Holding a comparison against the planted truth."""
+"""Holding a verdict against the planted truth."""
 
-import csv
 import json
 
-from fastdiff.comparison.compare import COLUMNS
+import pytest
+
+from fastdiff import rundir
 from fastdiff.demo.demo import hold_against_truth
+from fastdiff.errors import InputError
 
 TRUTH = {
     "it": {"code": "lost", "facts": "gained", "maths": "unchanged"},
     "simpo": {"code": "gained", "facts": "gained", "maths": "lost"},
 }
+# what follows from it for simpo against it: code gained, facts unchanged, maths lost
+ALL_RIGHT = {
+    "it": {"code": "lost", "facts": "gained", "maths": None},
+    "simpo": {"code": "gained", "facts": "gained", "maths": "lost"},
+    "simpo against it": {"code": "gained", "facts": None, "maths": "lost"},
+}
 
 
-def write_categories(folder, rows):
-    (folder / "compare").mkdir()
-    with (folder / "compare" / "categories.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, restval="")
-        writer.writeheader()
-        for comparison, category, points in rows:
-            interval = {"points_low": points - 5, "points_high": points + 5, "q": 0.01} if points != "" else {}
-            writer.writerow({"comparison": comparison, "category": category, "delta_points": points, **interval})
+def write_verdict(folder, claims):
+    """A verdict file in which a category is confirmed with a change, or does not change where that is None."""
+
+    def row(category, change):
+        found = {"category": category, "change": change or "none", "verdict": "confirmed" if change else "no change"}
+        return {**found, "B": {"mean": 0.5, "low": 0.4, "high": 0.6, "p": 0.01, "q": 0.02}}
+
+    comparisons = [
+        {
+            **{"name": name, "kind": "difference" if " " in name else "pair", "runs": [name], "state": "checked"},
+            **{"base": "base", "tuned": name, "rows": [row(*item) for item in rows.items()]},
+        }
+        for name, rows in claims.items()
+    ]
+    file = {"schema": 1, "tau": 0.05, "alpha": 0.05, "confidence": 0.95, "comparisons": comparisons}
+    rundir.write_json(folder / "compare" / "verdict.json", file)
 
 
-def test_recovered_means_the_right_direction(tmp_path):
-    rows = [
-        ("it", "code", -10), ("it", "facts", -3), ("it", "maths", 50),
-        ("simpo", "code", 2), ("simpo", "facts", 0), ("simpo", "maths", ""), ("gained", "code", 9),
-    ]  # fmt: skip
-    write_categories(tmp_path, rows)
+def test_what_is_right_in_every_cell_misses_nothing(tmp_path):
+    write_verdict(tmp_path, ALL_RIGHT)
     truth = hold_against_truth(tmp_path, TRUTH)
-    found = {(p["run"], c["category"]): c["recovered"] for p in truth["pairs"] for c in p["changes"]}
-    assert found == {
-        ("it", "code"): True,
-        ("it", "facts"): False,
-        ("simpo", "code"): True,
-        ("simpo", "facts"): False,
-        ("simpo", "maths"): False,
-    }
-    assert truth["sentence"].startswith("2 of 5 planted changes recovered; missed: facts (it), ")
+    assert truth["counts"] == {"planted": 7, "recovered": 7, "unplanted": 2, "false": 0}
+    assert truth["sentence"] == (
+        "7 of 7 planted changes confirmed with the right sign, 0 false claims in 2 cells where nothing was planted"
+    )
     json.dumps(truth, allow_nan=False)
 
 
-def test_a_category_that_is_not_in_the_table_is_missed(tmp_path):
-    write_categories(tmp_path, [("it", "code", -10), ("it", "facts", 4), ("simpo", "code", 2), ("simpo", "maths", -1)])
+def test_the_other_sign_and_silence_are_misses_and_a_claim_without_a_plant_is_false(tmp_path):
+    claims = {name: dict(rows) for name, rows in ALL_RIGHT.items()}
+    claims["it"] |= {"code": "gained", "facts": None, "maths": "gained"}
+    claims["simpo against it"]["facts"] = "lost"
+    write_verdict(tmp_path, claims)
     truth = hold_against_truth(tmp_path, TRUTH)
-    assert truth["sentence"] == "4 of 5 planted changes recovered; missed: facts (simpo)"
-    facts = truth["pairs"][1]["changes"][1]
-    assert facts["category"] == "facts" and facts["observed_points"] is None and not facts["recovered"]
+    assert truth["counts"] == {"planted": 7, "recovered": 5, "unplanted": 2, "false": 2}
+    assert truth["sentence"].endswith("; wrong: code (it), facts (it), maths (it), facts (simpo against it)")
 
 
-def test_all_recovered_misses_nothing(tmp_path):
-    rows = [("it", "code", -1), ("it", "facts", 1), ("simpo", "code", 1), ("simpo", "facts", 1), ("simpo", "maths", -1)]
-    write_categories(tmp_path, rows)
-    assert hold_against_truth(tmp_path, TRUTH)["sentence"] == "5 of 5 planted changes recovered"
+def test_a_category_without_a_row_is_missed(tmp_path):
+    claims = {name: dict(rows) for name, rows in ALL_RIGHT.items()}
+    del claims["simpo"]["facts"]
+    write_verdict(tmp_path, claims)
+    truth = hold_against_truth(tmp_path, TRUTH)
+    facts = next(c for c in truth["pairs"][1]["changes"] if c["category"] == "facts")
+    assert truth["counts"]["recovered"] == 6 and facts["verdict"] is None and not facts["recovered"]
+
+
+def test_a_suggestive_row_is_no_claim(tmp_path):
+    write_verdict(tmp_path, ALL_RIGHT)
+    path = tmp_path / "compare" / "verdict.json"
+    file = json.loads(path.read_text())
+    file["comparisons"][0]["rows"][0] |= {"verdict": "suggestive", "reason": "by a mean shift"}
+    path.write_text(json.dumps(file))
+    assert hold_against_truth(tmp_path, TRUTH)["counts"]["recovered"] == 6
+
+
+def test_without_a_verdict_it_says_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match=r"verdict\.json"):
+        hold_against_truth(tmp_path, TRUTH)

@@ -63,7 +63,9 @@ def test_the_text_follows_every_rule_and_has_each_category_equally_often(small):
     counts = Counter(line["category"] for line in lines)
     assert set(counts) == set(HAS)
     assert len(set(counts.values())) == 1
-    assert any("france is paris" in line["text"] for line in lines)
+    texts = [" ".join(message["content"] for message in line["messages"]) for line in lines]
+    assert any("france is paris" in text for text in texts)
+    assert {message["role"] for line in lines for message in line["messages"]} == {"user", "assistant"}
 
 
 def test_enough_is_planted_in_each_pair():

@@ -1,4 +1,4 @@
-"""csrc/ without Python: its own tests and a fuzz driver, built plainly and with sanitizers (`pytest -m sanitizer`)."""
+"""csrc/ without Python: its own tests and a fuzz driver, built plainly and with sanitizers (`pytest --sanitizer`)."""
 
 import os
 import shutil

@@ -206,7 +206,7 @@ def finish_compare(directory: Path) -> None:
         for stage in ("analysis", "annotate"):
             outputs = outputs_of(directory / run["path"] / stage)
             inputs |= {f"{run['name']}/{stage}/{file}": sha for file, sha in outputs.items()}
-    outputs = ["categories.csv", "statistics.json"]
+    outputs = ["categories.csv", "statistics.json", "verdict.json"]
     rundir.finish(directory / "compare", "compare", {"alpha": 0.05}, inputs, outputs)
 
 
@@ -252,6 +252,36 @@ def write_logs(run: Path, rng: np.random.Generator, models: list[str]) -> None:
     }
     stages = {"train": {**facts, "versions": {"python": "3.11.7", "torch": "2.13.0"}}}
     (run / "manifest.json").write_text(json.dumps({"schema": 1, "stages": stages}))
+
+
+def verdict_of(runs: list[dict[str, str]], categories: tuple[str, ...], sentences: list[str]) -> dict[str, Any]:
+    """A verdict of each run and, of two, of the second against the first; the first category is confirmed."""
+
+    def row(i: int, category: str) -> dict[str, Any]:
+        b = (0.8, -0.3, 0.01)[i % 3]
+        tested = {"mean": b, "low": b - 0.1, "high": b + 0.1, "p": 0.001, "q": 0.002}
+        change = ("gained", "lost", "none")[i % 3]
+        word = ("confirmed", "suggestive", "no change")[i % 3]
+        return {
+            **{"category": category, "change": change, "verdict": word, "documents": 200, "documents_nats": 40},
+            **{"ce_base": 2.0, "ce_tuned": 2.0 - b, "unigram_entropy": 5.0, "B": tested, "L": tested, "V": tested},
+            **{"signs": "+++" if b > 0 else "---", "reason": "by a mean shift" if word == "suggestive" else None},
+            "top_latents": [{"seed": 0, "latent": i, "nats": b / 4}],
+        }
+
+    def comparison(kind: str, of: list[dict[str, str]]) -> dict[str, Any]:
+        name = of[0]["name"] if kind == "pair" else f"{of[1]['name']} against {of[0]['name']}"
+        models = {"base": of[0]["base"], "tuned": of[-1]["tuned"], "scored": "answers", "seeds": [0, 1, 2]}
+        rows = [row(i, category) for i, category in enumerate(categories)]
+        names = [run["name"] for run in of]
+        return {
+            **{"name": name, "kind": kind, "runs": names, "state": "checked", "sentences": sentences[:3]},
+            **{"rows": rows, **models},
+        }
+
+    comparisons = [comparison("pair", [run]) for run in runs]
+    comparisons += [comparison("difference", runs)] if len(runs) == 2 else []
+    return {"schema": 1, "tau": 0.05, "alpha": 0.05, "confidence": 0.95, "comparisons": comparisons}
 
 
 def write_compare(
@@ -305,6 +335,7 @@ def write_compare(
         "method": "Shares per category; Newcombe intervals; Fisher's exact test; Benjamini-Hochberg.",
     }
     rundir.write_json(compare / "statistics.json", statistics)
+    rundir.write_json(compare / "verdict.json", verdict_of(runs, categories, verdict))
     finish_compare(directory)
 
 
@@ -343,11 +374,11 @@ def triangulated(root: Path, **options: Any) -> Path:
     ]
     names = ["base→it", "base→simpo", "gained", "lost"]
     write_compare(directory, "triangulated", runs, names, CATEGORIES, ["simpo gains self-reference."])
-    lost = {"category": "code", "expected": "lost", "observed_points": -10.5, "points_low": -15.0}
-    gained = {"category": "refusal", "expected": "gained", "observed_points": 3.5, "points_low": -1.0}
+    lost = {"category": "code", "expected": "lost", "B": {"mean": -0.6, "low": -0.7, "high": -0.5}}
+    gained = {"category": "refusal", "expected": "gained", "B": {"mean": 0.03, "low": -0.01, "high": 0.07}}
     changes = [
-        {**lost, "points_high": -6.0, "q": 0.0008, "recovered": True},
-        {**gained, "points_high": 8.0, "q": 0.62, "recovered": False},
+        {**lost, "verdict": "confirmed", "change": "lost", "recovered": True},
+        {**gained, "verdict": "no change", "change": "none", "recovered": False},
     ]
     pairs = [{"run": name, "changes": changes} for name in ("it", "simpo")]
     truth = {"schema": 1, "pairs": pairs, "sentence": "2 of 4 planted changes recovered."}

@@ -151,7 +151,8 @@ def test_report_json_holds_the_numbers(run: Path) -> None:
     report = json.loads((run / "report/report.json").read_text())
     summary = json.loads((run / "analysis/summary.json").read_text())
     assert report["title"] == "base → it"
-    assert report["verdict"] == ["Tuning added self-reference."]
+    assert report["verdict"]["comparisons"][0]["sentences"] == ["Tuning added self-reference."]
+    assert report["specific_latents"] == ["Tuning added self-reference."]
     (first,) = report["runs"]
     for name in ("n_tokens", "dict_size", "classes", "specific", "never_fired"):
         assert first[name] == summary[name]
@@ -199,9 +200,38 @@ def test_an_analysis_without_other_seeds_says_nothing_of_them(
     assert {row[21] for row in page.island()["latents"]} == {None}
 
 
-def test_an_empty_verdict_is_said(make_pair: Callable[..., Path], tmp_path: Path) -> None:
-    page = build_report(make_pair(tmp_path / "run", verdict=()))
-    assert "<p>No category differs beyond noise.</p>" in page.read_text()
+def test_the_first_table_has_every_row_of_the_verdict(make_pair: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_pair(tmp_path / "run")
+    html = build_report(run).read_text()
+    first = html[html.index('id="verdict"') : html.index('id="trust"')]
+    for row in json.loads((run / "compare" / "verdict.json").read_text())["comparisons"][0]["rows"]:
+        words = {"gained": "▲ gained, ", "lost": "▼ lost, ", "none": ""}[row["change"]] + row["verdict"]
+        words += f": {row['reason']}" if row["reason"] else ""
+        assert f'data-category="{row["category"]}"' in first and f"<td>{words}</td>" in first
+        assert f'<a href="#latent={row["top_latents"][0]["latent"]}">' in first
+
+
+def test_a_run_that_was_not_checked_says_what_would_check_it(
+    make_pair: Callable[..., Path], settle: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    run = make_pair(tmp_path / "run")
+    path = run / "compare" / "verdict.json"
+    verdict = json.loads(path.read_text())
+    verdict["comparisons"][0] |= {"state": "not checked", "reason": "models are gone", "remedy": "fastdiff attribute r"}
+    path.write_text(json.dumps(verdict))
+    settle(run, "compare")
+    html = build_report(run).read_text()
+    assert "Not checked: models are gone." in html and "<code>fastdiff attribute r</code>" in html
+
+
+def test_a_comparison_of_an_older_version_is_named(make_pair: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_pair(tmp_path / "run")
+    done = run / "compare" / "DONE.json"
+    facts = json.loads(done.read_text())
+    del facts["outputs"]["verdict.json"]
+    done.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=r"has no verdict\.json; run the same `fastdiff compare` again"):
+        build_report(run)
 
 
 def test_a_comparison_shows_both_runs_and_the_planted_truth(
@@ -222,7 +252,8 @@ def test_a_comparison_shows_both_runs_and_the_planted_truth(
     assert page.html.count("✓ yes") == page.html.count("✗ no") == 2
     buttons = [a for a, _ in page.all("button") if "data-category" in a]
     runs = [a.get("data-run") for a in buttons]
-    assert runs == ["0"] * 6 + ["1"] * 6 + [None] * 12
+    # the verdict has a comparison of each run and one between them, the table of specific latents two of those
+    assert runs == ["0"] * 6 + ["1"] * 6 + [None] * 6 + ["0"] * 6 + ["1"] * 6 + [None] * 12
 
 
 def test_a_pair_has_no_planted_truth(run: Path) -> None:
@@ -242,7 +273,7 @@ def test_hostile_text_stays_text(hostile_run: Path, hostile: tuple[str, ...]) ->
     for _, attributes in page.tags:
         assert "style" not in attributes
         assert not [name for name in attributes if name.startswith("on")]
-        assert not (attributes.get("href") or "#").removeprefix("#").strip("abcdefghijklmnopqrstuvwxyz")
+        assert re.fullmatch(r"#([a-z]+|latent=\d+(&run=[\w%.-]+)?)", attributes.get("href") or "#main")
     unseen = {c for c in page.html if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c != "\n"}
     assert unseen == set()
     assert "{{7*7}}" in page.html

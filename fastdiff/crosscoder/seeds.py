@@ -1,4 +1,4 @@
-"""Which other crosscoders of a run can be compared with one: those of other seeds, in the same space."""
+"""The crosscoders of a run: which seeds are finished, which can be compared with one, what they were trained on."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from fastdiff import rundir
 from fastdiff.crosscoder.saved import CONFIG
 from fastdiff.crosscoder.train import directory_of
+from fastdiff.errors import InputError
 from fastdiff.progress import Progress
 
 
@@ -14,6 +15,19 @@ def finished_seeds(run: Path) -> dict[int, Path]:
     directories = (path.parent for path in run.glob(f"crosscoder/seed-*/{rundir.DONE}"))
     seeds = {directory.name.removeprefix("seed-"): directory for directory in directories}
     return {int(seed): seeds[seed] for seed in sorted(filter(str.isdecimal, seeds), key=int)}
+
+
+def store_of(run: Path) -> Path:
+    """Where the store is that a run was trained on.
+
+    Raises:
+        InputError: It is no longer there.
+    """
+    manifest = rundir.read_json(run / "manifest.json")
+    path = Path(manifest["stages"]["train"]["store"])
+    if not path.exists():
+        raise InputError(f"{path}: the store this run was trained on is gone; give its new place with --store")
+    return path
 
 
 def comparable(

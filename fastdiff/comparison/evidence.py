@@ -1,0 +1,203 @@
+"""From the files of `fastdiff attribute` to `compare/verdict.json`: one comparison per run, and one between two runs.
+
+A run whose models could not be run again, or on which `fastdiff attribute` has not been run, is "not checked": its rows
+say at most to which model the latents lean, never gained or lost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastdiff import rundir
+from fastdiff.comparison.verdict import CategoryEvidence, decide, evidence, paired, sentences, tau_from_null
+from fastdiff.config import CompareConfig
+from fastdiff.errors import InputError, OptionError
+from fastdiff.results.attribution import DIRECTORY, Attribution, Summary, read_attribution
+from fastdiff.results.verdict import SCHEMA, Comparison, TauFrom, VerdictFile
+
+
+@dataclass(frozen=True)
+class RunEvidence:
+    """What `fastdiff attribute` found of one run.
+
+    Attributes:
+        name: What the run is called.
+        base: Name of its base model.
+        tuned: Name of its tuned model.
+        summary: The stage's summary; None if the stage has not run.
+        categories: Evidence by category; empty if not checked.
+        reason: Why it is not checked; None if it is.
+        remedy: What to do about that.
+    """
+
+    name: str
+    base: str
+    tuned: str
+    summary: Summary | None
+    categories: list[CategoryEvidence]
+    reason: str | None
+    remedy: str | None
+
+
+def attribution_inputs(run: Path) -> dict[str, str]:
+    """Hashes of the attribution's files by name; empty if `fastdiff attribute` has not been run.
+
+    Raises:
+        InputError: One of them is gone or changed, or they are of other crosscoders than the run has now.
+    """
+    directory = run / DIRECTORY
+    if not (directory / rundir.DONE).exists():
+        return {}
+    done = rundir.require_done(directory, f"fastdiff attribute {run}")
+    for name, sha256 in done["inputs"].items():
+        trained = run / "crosscoder" / name / rundir.DONE
+        if trained.exists() and rundir.read_json(trained)["outputs"]["model.safetensors"] != sha256:
+            raise InputError(f"{directory}: of another crosscoder {name}; run `fastdiff attribute {run}` again")
+    return {f"{DIRECTORY}/{name}": sha256 for name, sha256 in done["outputs"].items()}
+
+
+def run_evidence(run: Path, *, name: str, base: str, tuned: str) -> RunEvidence:
+    """Read what `fastdiff attribute` found of a run.
+
+    Raises:
+        InputError: A file of it is damaged.
+    """
+    if not (run / DIRECTORY / rundir.DONE).exists():
+        why, cure = "the models have not been run again, so nothing is known of behaviour", f"fastdiff attribute {run}"
+        return RunEvidence(name, base, tuned, None, [], why, cure)
+    found = read_attribution(run / DIRECTORY)
+    summary = found.summary
+    if summary.state == "not checked":
+        return RunEvidence(name, base, tuned, summary, [], summary.reason, summary.remedy)
+    return RunEvidence(name, base, tuned, summary, _categories(found), None, None)
+
+
+def _categories(found: Attribution) -> list[CategoryEvidence]:
+    """Evidence of every category of an attribution that was checked."""
+    table, nats, summary = found.documents, found.nats, found.summary
+    assert table is not None and nats is not None, "a checked attribution has tables"
+    traced_category = table.category[table.has_nats]
+    categories = []
+    for code, name in enumerate(summary.categories):
+        mine = table.category == code
+        traced = mine & table.has_nats
+        own = nats[:, traced_category == code]
+        categories.append(
+            evidence(
+                name,
+                table.ce[mine],
+                table.layer[traced],
+                table.latents[:, traced],
+                table.offset[:, traced],
+                summary.unigram_entropy[name],
+                table.text[mine],
+                table.text[traced],
+                seeds=summary.seeds,
+                latent_nats=own.mean(axis=1, dtype=np.float64) if own.shape[1] else None,
+            )
+        )
+    return categories
+
+
+def verdict_file(runs: Sequence[RunEvidence], config: CompareConfig, null: RunEvidence | None) -> VerdictFile:
+    """Decide every comparison: each run's own, and the second run against the first where there are two.
+
+    Args:
+        runs: One run or two with a common base.
+        config: `tau`, `alpha` and `confidence`.
+        null: An A/A run, whose models differ by nothing that counts; it raises τ to what it shows.
+
+    Raises:
+        InputError: The null run is not checked.
+        OptionError: Two runs have no scored document in common, or score different tokens.
+    """
+    tau, tau_from = config.tau, None
+    if null is not None:
+        if null.reason is not None:
+            raise InputError(f"--null {config.null_run}: not checked ({null.reason}); {null.remedy}")
+        tau, largest = tau_from_null(null.categories, config.tau)
+        tau_from = TauFrom(run=null.name, largest=largest)
+    comparisons = [
+        _decided(
+            run.categories, run, config, tau, name="base→tuned" if len(runs) == 1 else run.name, kind="pair", runs=[run]
+        )
+        for run in runs
+    ]
+    if len(runs) == 2:
+        comparisons.append(_difference(runs[0], runs[1], config, tau))
+    return VerdictFile.model_validate(
+        {
+            "schema": SCHEMA,
+            "tau": tau,
+            "tau_from": tau_from,
+            "alpha": config.alpha,
+            "confidence": config.confidence,
+            "comparisons": comparisons,
+        }
+    )
+
+
+def _difference(first: RunEvidence, second: RunEvidence, config: CompareConfig, tau: float) -> Comparison:
+    """The second run against the first, on the documents that both scored."""
+    unchecked = next((run for run in (first, second) if run.reason is not None), None)
+    of = RunEvidence(
+        name=f"{second.name} against {first.name}",
+        base=first.tuned,
+        tuned=second.tuned,
+        summary=second.summary,
+        categories=[],
+        reason=None if unchecked is None else f"{unchecked.name}: {unchecked.reason}",
+        remedy=None if unchecked is None else unchecked.remedy,
+    )
+    rows: list[CategoryEvidence] = []
+    if unchecked is None:
+        assert first.summary is not None and second.summary is not None, "checked runs have a summary"
+        if first.summary.scored != second.summary.scored:
+            raise OptionError(
+                f"{first.name} scores {first.summary.scored} and {second.name} {second.summary.scored}; "
+                "extract both over one text"
+            )
+        rows = paired(first.categories, second.categories)
+        if not any(len(row.behaviour) for row in rows):
+            raise OptionError(
+                f"{first.name} and {second.name}: no scored document is in both; extract both over one text"
+            )
+    return _decided(rows, of, config, tau, name=of.name, kind="difference", runs=[first, second])
+
+
+def _decided(
+    rows: Sequence[CategoryEvidence],
+    of: RunEvidence,
+    config: CompareConfig,
+    tau: float,
+    *,
+    name: str,
+    kind: str,
+    runs: Sequence[RunEvidence],
+) -> Comparison:
+    verdicts = decide(rows, tau=tau, alpha=config.alpha, confidence=config.confidence)
+    said = []
+    if of.reason is None:
+        subject = of.tuned if kind == "pair" else name
+        said = sentences(verdicts, tuned=subject, tau=tau)
+    else:
+        said = [f"Not checked, so nothing can be called gained or lost: {of.reason}."]
+    return Comparison.model_validate(
+        {
+            "name": name,
+            "kind": kind,
+            "runs": [run.name for run in runs],
+            "base": of.base,
+            "tuned": of.tuned,
+            "state": "checked" if of.reason is None else "not checked",
+            "reason": of.reason,
+            "remedy": of.remedy,
+            "scored": of.summary.scored if of.summary else None,
+            "branch": of.summary.branch if of.summary else None,
+            "seeds": of.summary.seeds if of.summary else [],
+            "sentences": said,
+            "rows": [verdict.model_dump() for verdict in verdicts],
+        }
+    )
