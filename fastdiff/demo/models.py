@@ -28,6 +28,7 @@ from fastdiff.demo.training import (
     preference_loss,
     train,
 )
+from fastdiff.demo.truth import Change
 from fastdiff.extraction.models import quiet
 from fastdiff.progress import SILENT, Progress
 
@@ -70,12 +71,12 @@ class Recipe:
     simpo_steps: int = 140
     batch: int = 64
     documents_per_category: int = 500
-    texts_per_category: int = 340
+    texts_per_category: int = 240
 
 
 FULL = Recipe()
 SMALL = Recipe(
-    base_steps=100, it_steps=110, simpo_steps=70, batch=32, documents_per_category=300, texts_per_category=140
+    base_steps=100, it_steps=110, simpo_steps=70, batch=32, documents_per_category=300, texts_per_category=96
 )
 
 
@@ -87,10 +88,10 @@ class DemoModels:
     it: Path
     simpo: Path
     texts: Path
-    truth: dict[str, dict[str, str]]
+    truth: dict[str, dict[str, Change]]
 
 
-def truth() -> dict[str, dict[str, str]]:
+def truth() -> dict[str, dict[str, Change]]:
     """What was planted, by tuned model and category: "gained", "lost" or "unchanged"."""
     return {
         name: {
