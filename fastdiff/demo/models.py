@@ -66,18 +66,16 @@ _OUTPUTS = [
 class Recipe:
     """How much is trained and analysed."""
 
-    base_steps: int = 220
-    it_steps: int = 220
-    simpo_steps: int = 140
-    batch: int = 64
+    base_steps: int = 240
+    it_steps: int = 240
+    simpo_steps: int = 160
+    batch: int = 32
     documents_per_category: int = 500
     texts_per_category: int = 240
 
 
 FULL = Recipe()
-SMALL = Recipe(
-    base_steps=100, it_steps=110, simpo_steps=70, batch=32, documents_per_category=300, texts_per_category=96
-)
+SMALL = Recipe(base_steps=130, it_steps=120, simpo_steps=90, documents_per_category=300, texts_per_category=96)
 
 
 @dataclass(frozen=True)
