@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
 from fastdiff import rundir
-from fastdiff.demo.demo import hold_against_truth
+from fastdiff.cli import cli
+from fastdiff.demo import demo
+from fastdiff.demo.demo import DemoResult, hold_against_truth, pair_config
 from fastdiff.demo.models import HAS
 from fastdiff.demo.truth import Cell, cells
 from fastdiff.errors import InputError
@@ -122,3 +125,19 @@ def test_what_is_true_is_measured_where_nothing_was_planted():
         "safety refusal": "drifted",
     }
     assert [round(found[name].B, 6) for name in ("code", "mathematics")] == [-0.1, -0.04]
+
+
+@pytest.mark.parametrize(("option", "wanted"), [([], True), (["--no-attribute"], False)])
+def test_the_option_reaches_the_configuration_of_both_pairs(tmp_path, monkeypatch, option, wanted):
+    seen = []
+
+    def run_demo(out, seed, progress, *, small, attribute):
+        config = pair_config(out / "base", out / "it", out / "texts.jsonl", seed, small=small, attribute=attribute)
+        seen.append(config.attribute.enabled)
+        write_verdict(out, ALL_RIGHT)
+        return DemoResult(out / "report.html", "as planned", 7, 7, 0)
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    found = CliRunner().invoke(cli, ["demo", "-o", str(tmp_path), *option])
+    assert found.exit_code == 0, found.output
+    assert seen == [wanted] and "planted truth: as planned" in found.output
