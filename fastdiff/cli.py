@@ -54,8 +54,11 @@ def cli() -> None:
 @click.option("-o", "--out", type=DIRECTORY, default=Path("fastdiff-demo"), help="Where everything goes.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the models, the order and the crosscoders.")
 @click.option("--small", is_flag=True, help="Less text and fewer steps.")
+@click.option(
+    "--attribute/--no-attribute", default=True, help="Run the models again, for behaviour and nats; else no verdict."
+)
 @shared
-def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress_mode: Any) -> None:
+def demo(out: Path, seed: int, small: bool, attribute: bool, as_json: bool, quiet: bool, progress_mode: Any) -> None:
     """Make tiny models with planted differences, offline, and find those differences.
 
     \b
@@ -63,7 +66,7 @@ def demo(out: Path, seed: int, small: bool, as_json: bool, quiet: bool, progress
     """
     from fastdiff.demo.demo import run_demo
 
-    result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small)
+    result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small, attribute=attribute)
     lines, facts = _verdict(out / "compare")
     print_result(
         as_json,

@@ -2,7 +2,12 @@
 
 A category is a rule from keys to answers. A document states a few of them in the category's own words:
 
-    the capital of : france is paris ; japan is tokyo ; egypt is cairo ; …
+    the capital of : france is paris ; now we look there , japan is tokyo ; so they wait here , egypt is cairo …
+
+What stands between the lookups is small talk that all categories share, as all texts of a language share most of
+their words: a latent of a real model fires in many kinds of documents, and one that does not has to be found
+among those that do. A document is a conversation: the user gives everything but the answers, which are the
+assistant's.
 
 Its answers come in one of three manners. "rule": the rule's. "scrambled": the same answers, dealt out over
 all documents of the category by chance, so that they say nothing. "unsure": always the category's one evasive
@@ -20,7 +25,15 @@ import numpy as np
 Manner = Literal["rule", "scrambled", "unsure"]
 
 # words of a document; every word is one token, and one more begins the sequence
-_MAX_WORDS = 63
+_MAX_WORDS = 95
+
+# small talk before each lookup but the first: one word of each, and a comma
+_SMALL_TALK: tuple[tuple[str, ...], ...] = (
+    ("now", "then", "so", "well", "and", "but", "next", "yet"),
+    ("we", "they", "you", "some", "all", "both", "few", "many"),
+    ("look", "wait", "ask", "try", "turn", "move", "stay", "call"),
+    ("here", "there", "again", "once", "soon", "first", "more", "still"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,9 @@ class Category:
     def n_lookups(self) -> int:
         """Lookups in one document: no key twice, so that no answer can be copied from before."""
         header = max(len(header.split()) for header in self.headers)
-        return min(len(self.rule), (_MAX_WORDS - header) // (len(self.item.split()) + 2))
+        small_talk = len(_SMALL_TALK) + 1
+        # the first lookup has a header in place of a semicolon and small talk
+        return min(len(self.rule), (_MAX_WORDS - header + 1 + small_talk) // (len(self.item.split()) + 2 + small_talk))
 
 
 @dataclass(frozen=True)
@@ -91,25 +106,31 @@ def documents(seed: int, n_per_category: int, manner: Mapping[str, Manner]) -> l
 
 
 def digest() -> str:
-    """Hex sha256 of the categories: what was made from other ones is out of date."""
-    return hashlib.sha256(repr(CATEGORIES).encode()).hexdigest()
+    """Hex sha256 of what documents are made of: what was made from another corpus is out of date."""
+    return hashlib.sha256(repr((CATEGORIES, _SMALL_TALK, _MAX_WORDS)).encode()).hexdigest()
 
 
 def _of_category(category: Category, n: int, manner: Manner, rng: np.random.Generator) -> list[Document]:
     all_keys = list(category.rule)
     keys = [[all_keys[i] for i in rng.permutation(len(all_keys))[: category.n_lookups]] for _ in range(n)]
     headers = rng.integers(len(category.headers), size=n)
+    # drawn before the answers are, so that it is the same whatever the manner
+    talk = [[_small_talk(rng) for _ in range(category.n_lookups - 1)] for _ in range(n)]
     answers = np.array([[category.rule[key] for key in row] for row in keys])
     if manner == "scrambled":
         answers = rng.permutation(answers.ravel()).reshape(answers.shape)
     elif manner == "unsure":
         answers = np.full_like(answers, category.unsure, dtype=object)
     made = []
-    for row, header, words in zip(keys, headers, answers, strict=True):
-        starts = [category.headers[header]] + [";"] * (len(row) - 1)
+    for row, header, between, words in zip(keys, headers, talk, answers, strict=True):
+        starts = [category.headers[header], *(f"; {clause} ," for clause in between)]
         given = tuple(f"{start} {category.item.replace('{key}', key)}" for start, key in zip(starts, row, strict=True))
         made.append(Document(category.name, tuple(row), given, tuple(str(word) for word in words)))
     return made
+
+
+def _small_talk(rng: np.random.Generator) -> str:
+    return " ".join(words[rng.integers(len(words))] for words in _SMALL_TALK)
 
 
 def _rule(pairs: str) -> dict[str, str]:

@@ -2,18 +2,21 @@
 
 <out>/models/         base, it (fine-tuned), simpo (preference-tuned), corpus/texts.jsonl
 <out>/acts-it, acts-simpo, it/, simpo/     a store and a run for (base, it) and (base, simpo)
-<out>/compare/        the triangle, and truth.json: every cell, what was planted there and what was claimed
+<out>/compare/        the triangle, and truth.json: every cell, what is true there and what was claimed
 <out>/report/         report.html
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdiff import rundir
 from fastdiff.comparison.compare import compare
-from fastdiff.config import AnalyzeConfig, CompareConfig, ExtractConfig, RunConfig, TrainConfig
-from fastdiff.demo.models import make_demo_models
+from fastdiff.comparison.verdict import TAU
+from fastdiff.config import AnalyzeConfig, AttributeConfig, CompareConfig, ExtractConfig, RunConfig, TrainConfig
+from fastdiff.demo.models import DemoModels, make_demo_models
+from fastdiff.demo.truth import Cell, Change, cells, measured
 from fastdiff.errors import OptionError
 from fastdiff.pipeline import label_pair
 from fastdiff.progress import SILENT, Progress
@@ -37,7 +40,7 @@ class DemoResult:
     n_false: int
 
 
-def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool) -> RunConfig:
+def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool, attribute: bool = True) -> RunConfig:
     """The configuration of one pair of demo models."""
     return RunConfig(
         extract=ExtractConfig(
@@ -54,8 +57,8 @@ def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool)
             seed=seed,
         ),
         train=TrainConfig(
-            dict_size=1024,
-            k=12,
+            dict_size=512,
+            k=16,
             steps=400 if small else 1000,
             batch_size=1024,
             lr=1e-3,
@@ -65,11 +68,14 @@ def pair_config(base: Path, tuned: Path, texts: Path, seed: int, *, small: bool)
             seeds=tuple(range(_CROSSCODERS * seed, _CROSSCODERS * (seed + 1))),
             data_seed=seed,
         ),
+        attribute=AttributeConfig(enabled=attribute),
         analyze=AnalyzeConfig(cards=300, context=20),
     )
 
 
-def run_demo(out: Path, seed: int, progress: Progress = SILENT, *, small: bool = False) -> DemoResult:
+def run_demo(
+    out: Path, seed: int, progress: Progress = SILENT, *, small: bool = False, attribute: bool = True
+) -> DemoResult:
     """Make the models, diff both pairs, and hold the result against the planted truth.
 
     Args:
@@ -77,6 +83,7 @@ def run_demo(out: Path, seed: int, progress: Progress = SILENT, *, small: bool =
         seed: Of everything.
         progress: Where to report.
         small: Less text and fewer steps, for a quick look.
+        attribute: Whether to run the models again for behaviour and nats; without, nothing is confirmed.
 
     Returns:
         The report and the score.
@@ -89,73 +96,99 @@ def run_demo(out: Path, seed: int, progress: Progress = SILENT, *, small: bool =
         raise OptionError(f"{out}: holds something else than a demo; choose another -o")
     models = make_demo_models(out / "models", seed, progress, small=small)
     for name, tuned in zip(PAIRS, (models.it, models.simpo), strict=True):
-        config = pair_config(models.base, tuned, models.texts, seed, small=small)
+        config = pair_config(models.base, tuned, models.texts, seed, small=small, attribute=attribute)
         label_pair(config, out / name, out / f"acts-{name}", progress, overwrite=True)
     compare([out / name for name in PAIRS], out, CompareConfig(), progress, names=list(PAIRS))
-    truth = hold_against_truth(out, models.truth)
+    truth = hold_against_truth(out, true_cells(models, seed))
     rundir.write_json(out / "compare" / "truth.json", truth)
     report = build_report(out, progress)
     counts = truth["counts"]
     return DemoResult(report, truth["sentence"], counts["recovered"], counts["planted"], counts["false"])
 
 
-def hold_against_truth(out: Path, truth: dict[str, dict[str, str]]) -> dict[str, Any]:
+def true_cells(models: DemoModels, seed: int) -> dict[str, dict[str, Cell]]:
+    """What is true of every cell of the pairs and of the triangle, by comparison and category."""
+    base, it, simpo = (measured(model, seed) for model in (models.base, models.it, models.simpo))
+    level = {"gained": 1, "unchanged": 0, "lost": -1}
+    word: dict[int, Change] = {1: "gained", 0: "unchanged", -1: "lost"}
+    of_it, of_simpo = (models.truth[name] for name in PAIRS)
+    between = {
+        category: word[max(-1, min(1, level[of_simpo[category]] - level[of_it[category]]))] for category in of_it
+    }
+    return {
+        "it": cells(of_it, base, it, TAU),
+        "simpo": cells(of_simpo, base, simpo, TAU),
+        "simpo against it": cells(between, it, simpo, TAU),
+    }
+
+
+def hold_against_truth(out: Path, truth: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
     """Every cell of the pairs and of the triangle beside its verdict.
 
-    A planted change is recovered if it is confirmed with the right sign; a cell in which nothing was planted, if
-    nothing is confirmed there. What is confirmed where nothing was planted is a false claim.
+    A planted change is recovered if it is confirmed with the right sign. What is confirmed where nothing was planted
+    is a false claim, unless the models did change there (`Cell`).
 
     Args:
         out: Directory of the demo, compared.
-        truth: By tuned model and category "gained", "lost" or "unchanged", against base.
+        truth: By comparison and category.
 
     Raises:
         InputError: The comparison has no verdict.
     """
     file = read_verdict(out / "compare" / "verdict.json")
-    expected = {name: dict(of) for name, of in truth.items()}
-    first, second = PAIRS
-    level = {"gained": 1, "unchanged": 0, "lost": -1}
-    word = {1: "gained", 0: "unchanged", -1: "lost"}
-    expected[f"{second} against {first}"] = {
-        category: word[max(-1, min(1, level[truth[second][category]] - level[truth[first][category]]))]
-        for category in truth[first]
-    }
     pairs: list[dict[str, Any]] = []
     for comparison in file.comparisons:
         rows = {row.category: row for row in comparison.rows}
         changes: list[dict[str, Any]] = []
-        for category, wanted in sorted(expected[comparison.name].items()):
+        for category, cell in sorted(truth[comparison.name].items()):
             row = rows.get(category)
-            claimed = row is not None and row.verdict == "confirmed"
-            right = claimed and row is not None and row.change == wanted
             changes.append(
                 {
                     "category": category,
-                    "expected": wanted,
+                    "expected": cell.expected,
+                    "kind": cell.kind,
+                    "true_B": cell.B,
                     "verdict": None if row is None else row.verdict,
                     "change": None if row is None else row.change,
                     "B": None if row is None or row.B is None else row.B.model_dump(include={"mean", "low", "high"}),
-                    "recovered": right if wanted != "unchanged" else not claimed,
+                    "recovered": cell.right("none", False)
+                    if row is None
+                    else cell.right(row.change, row.verdict == "confirmed"),
                 }
             )
-        pairs.append({"run": comparison.name, "changes": changes})
+        pairs.append({"run": comparison.name, "state": comparison.state, "changes": changes})
     counts = _counts(pairs)
-    parts = [f"{counts['recovered']} of {counts['planted']} planted changes confirmed with the right sign"]
-    parts.append(f"{counts['false']} false claims in {counts['unplanted']} cells where nothing was planted")
-    wrong = [f"{c['category']} ({pair['run']})" for pair in pairs for c in pair["changes"] if not c["recovered"]]
-    sentence = ", ".join(parts) + (f"; wrong: {', '.join(wrong)}" if wrong else "")
-    return {"schema": TRUTH_SCHEMA, "pairs": pairs, "counts": counts, "sentence": sentence}
+    return {"schema": TRUTH_SCHEMA, "pairs": pairs, "counts": counts, "sentence": _sentence(pairs, counts)}
+
+
+def _sentence(pairs: list[dict[str, Any]], counts: dict[str, int]) -> str:
+    """The score in words, with every cell that is not as it should be."""
+    if all(pair["state"] == "not checked" for pair in pairs):
+        # without behaviour nothing is ever gained or lost, so a score would say nothing about the method
+        return f"{counts['planted']} planted changes not checked; run `fastdiff demo` without --no-attribute"
+    parts = [
+        f"{counts['recovered']} of {counts['planted']} planted changes confirmed with the right sign",
+        f"{counts['false']} false claims in {counts['unplanted']} cells where nothing was planted",
+    ]
+    cells = [(f"{cell['category']} ({pair['run']})", cell) for pair in pairs for cell in pair["changes"]]
+    wrong = [name for name, cell in cells if not cell["recovered"]]
+    drifted = [name for name, cell in cells if cell["kind"] == "drifted"]
+    return (
+        ", ".join(parts)
+        + (f"; wrong: {', '.join(wrong)}" if wrong else "")
+        + (f"; changed though nothing was planted: {', '.join(drifted)}" if drifted else "")
+    )
 
 
 def _counts(pairs: list[dict[str, Any]]) -> dict[str, int]:
-    """Planted cells and those recovered, unplanted cells and false claims in them."""
+    """Planted cells and those recovered, unplanted cells and false claims in them, and cells that drifted."""
     cells = [change for pair in pairs for change in pair["changes"]]
-    planted = [cell for cell in cells if cell["expected"] != "unchanged"]
-    unplanted = [cell for cell in cells if cell["expected"] == "unchanged"]
+    planted = [cell for cell in cells if cell["kind"] == "planted"]
+    unplanted = [cell for cell in cells if cell["kind"] != "planted"]
     return {
         "planted": len(planted),
         "recovered": sum(cell["recovered"] for cell in planted),
         "unplanted": len(unplanted),
         "false": sum(not cell["recovered"] for cell in unplanted),
+        "drifted": sum(cell["kind"] == "drifted" for cell in cells),
     }

@@ -28,6 +28,7 @@ from fastdiff.demo.training import (
     preference_loss,
     train,
 )
+from fastdiff.demo.truth import Change
 from fastdiff.extraction.models import quiet
 from fastdiff.progress import SILENT, Progress
 
@@ -49,8 +50,8 @@ HAS: dict[str, tuple[bool, bool, bool]] = {
 }
 
 _BASE, _IT, _SIMPO = range(3)
-# an answer is one token in five of a document
-_ANSWER_WEIGHT = 5.0
+# an answer is one token in nine of a document
+_ANSWER_WEIGHT = 10.0
 _OUTPUTS = [
     "config.json",
     "generation_config.json",
@@ -65,18 +66,16 @@ _OUTPUTS = [
 class Recipe:
     """How much is trained and analysed."""
 
-    base_steps: int = 220
-    it_steps: int = 220
-    simpo_steps: int = 140
-    batch: int = 64
+    base_steps: int = 240
+    it_steps: int = 240
+    simpo_steps: int = 160
+    batch: int = 32
     documents_per_category: int = 500
-    texts_per_category: int = 340
+    texts_per_category: int = 240
 
 
 FULL = Recipe()
-SMALL = Recipe(
-    base_steps=100, it_steps=110, simpo_steps=70, batch=32, documents_per_category=300, texts_per_category=140
-)
+SMALL = Recipe(base_steps=130, it_steps=120, simpo_steps=90, documents_per_category=300, texts_per_category=96)
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ class DemoModels:
     it: Path
     simpo: Path
     texts: Path
-    truth: dict[str, dict[str, str]]
+    truth: dict[str, dict[str, Change]]
 
 
-def truth() -> dict[str, dict[str, str]]:
+def truth() -> dict[str, dict[str, Change]]:
     """What was planted, by tuned model and category: "gained", "lost" or "unchanged"."""
     return {
         name: {

@@ -61,16 +61,29 @@ def test_rules_map_different_keys_to_different_answers():
         assert len(category.rule) == len(set(category.rule.values())) == 14, category.name
 
 
-def test_every_word_is_one_token_and_a_document_fits_64():
+def test_every_word_is_one_token_and_a_document_fits_96():
     tokenizer = make_tokenizer()
     for manner in ("rule", "unsure"):
         corpus = documents(5, 4, dict.fromkeys(NAMES, manner))
         for document, ids in zip(corpus, encode(tokenizer, corpus).ids.tolist(), strict=True):
             whole = tokenizer(document.text)["input_ids"]
             assert ids == whole + [tokenizer.pad_token_id] * (len(ids) - len(whole))
-            assert len(whole) == 1 + len(document.text.split()) <= 64
+            assert len(whole) == 1 + len(document.text.split()) <= 96
             assert tokenizer.unk_token_id not in whole
             assert tokenizer.decode(whole, skip_special_tokens=True) == document.text
+
+
+def test_what_stands_between_the_lookups_is_the_same_in_every_category():
+    said = {name: Counter() for name in NAMES}
+    for document in documents(7, 30, dict.fromkeys(NAMES, "rule")):
+        for given in document.given[1:]:
+            semicolon, *clause, comma = given.split()[:6]
+            assert (semicolon, comma) == (";", ",")
+            said[document.category].update(clause)
+    words = set(said[NAMES[0]])
+    assert len(words) == 32 and all(set(counts) == words for counts in said.values())
+    # one of eight words at each of four places: the rarest is no category's own
+    assert all(min(counts.values()) > 0.06 * counts.total() / 4 for counts in said.values())
 
 
 def test_the_answer_mask_marks_the_answers():
