@@ -44,6 +44,8 @@ from fastdiff.config import CompareConfig
 from fastdiff.demo.demo import PAIRS, pair_config
 from fastdiff.demo.models import continue_base, make_it
 from fastdiff.pipeline import label_pair
+from fastdiff.results.analysis import read_analysis_summary
+from fastdiff.results.statistics import TRUTH_SCHEMA
 from fastdiff.results.verdict import read
 
 MAX_CPU_SECONDS = 240
