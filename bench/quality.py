@@ -159,7 +159,7 @@ def fit(case: Case, demo: Path | None) -> Result:
     if config.activation == "batchtopk":
         crosscoder.threshold.fill_(calibrated_threshold(crosscoder, lambda: rows[:100_000].split(4096)))
     quality = evaluate(crosscoder, held_out.split(4096))
-    dead = evaluate(crosscoder, rows.split(4096)).dead_fraction
+    dead = evaluate(crosscoder, rows.split(4096)).silent_fraction
     recall, precision, flagged = verdicts(crosscoder, truth, rows) if truth and M == 2 else ({}, {}, {})
     return Result(quality.fve_pooled, quality.l0_mean, dead, recall, precision, flagged)
 

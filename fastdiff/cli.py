@@ -67,7 +67,7 @@ def demo(out: Path, seed: int, small: bool, attribute: bool, as_json: bool, quie
     from fastdiff.demo.demo import run_demo
 
     result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small, attribute=attribute)
-    lines, facts = _verdict(out / "compare")
+    lines, facts = _verdict(out / "compare", quiet=quiet)
     print_result(
         as_json,
         "\n".join([*lines, f"planted truth: {result.sentence}", f"report: {result.report}"]),
@@ -117,12 +117,14 @@ def train(
     from fastdiff.config import TrainConfig
     from fastdiff.crosscoder.saved import CONFIG, SCHEMA
     from fastdiff.crosscoder.train import train_seeds
+    from fastdiff.results.trust import TRAINED
     from fastdiff.rundir import read_json
 
     config = resolve(TrainConfig, "train", config_file, settings, given)
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     # what training found; a crosscoder of a version before it says nothing
     left_out = read_json(directories[0] / CONFIG, SCHEMA).get("left_out")
+    trust = _trust(out, TRAINED, quiet=quiet)
     print_result(
         as_json,
         "\n".join(map(str, directories)),
@@ -130,6 +132,7 @@ def train(
         crosscoder=directories[0],
         crosscoders=directories,
         left_out=left_out,
+        trust=trust,
     )
 
 
@@ -149,12 +152,14 @@ def attribute(
     from fastdiff.attribution.attribute import attribute as attribute_run
     from fastdiff.config import AttributeConfig
     from fastdiff.results.attribution import category_means, read_attribution
+    from fastdiff.results.trust import ATTRIBUTED
 
     config = resolve(AttributeConfig, "attribute", config_file, settings, given)
     directory = attribute_run(run, config, progress_of(progress_mode, quiet), store_path=store)
     found = read_attribution(directory)
     facts = {key: value for key, value in found.summary.model_dump(by_alias=True).items() if key != "schema"}
-    print_result(as_json, str(directory), attribution=directory, **facts, means=category_means(found))
+    trust = _trust(run, ATTRIBUTED, quiet=quiet)
+    print_result(as_json, str(directory), attribution=directory, **facts, means=category_means(found), trust=trust)
 
 
 @cli.command(cls=StageCommand)
@@ -173,6 +178,7 @@ def analyze(
     from fastdiff.analysis.analyze import analyze as analyze_run
     from fastdiff.config import AnalyzeConfig
     from fastdiff.results.analysis import read_analysis_summary
+    from fastdiff.results.trust import ANALYZED
 
     config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
     directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
@@ -181,7 +187,8 @@ def analyze(
         key: summary.get(key)
         for key in ("left_out", "classes", "specific", "never_fired", "stability", "splice", "quality")
     }
-    print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown)
+    trust = _trust(run, ANALYZED, quiet=quiet)
+    print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown, trust=trust)
 
 
 @cli.command(cls=StageCommand)
@@ -227,16 +234,39 @@ def compare(
         raise click.UsageError("two runs need -o, a directory for the comparison")
     config = resolve(CompareConfig, "compare", config_file, settings, given)
     directory = compare_runs(list(runs), out or runs[0], config, progress_of(progress_mode, True))
-    lines, facts = _verdict(directory)
+    lines, facts = _verdict(directory, quiet=quiet)
     print_result(as_json, "\n".join(lines), categories=directory / "categories.csv", **facts)
 
 
-def _verdict(directory: Path) -> tuple[list[str], dict[str, Any]]:
-    """What a comparison found: a line per sentence and category for people, and all of it for scripts."""
+def _verdict(directory: Path, *, quiet: bool) -> tuple[list[str], dict[str, Any]]:
+    """What a comparison found: a line per sentence and category for people, and all of it for scripts.
+
+    How far it can be trusted goes to stderr and into the facts.
+    """
+    from fastdiff.results.statistics import compared_runs
+    from fastdiff.results.trust import compared
     from fastdiff.results.verdict import facts, lines, read
 
     found = read(directory / "verdict.json")
-    return lines(found), facts(found)
+    trusted = compared(compared_runs(directory), found)
+    if not quiet:
+        for of in trusted:
+            click.echo(f"trust in {of.of}: {of.sentence()}", err=True)
+            for check in of.checks:
+                click.echo(f"  {check.line()}", err=True)
+    trust = [{"of": of.of, "state": of.state, "checks": [check.model_dump() for check in of.checks]} for of in trusted]
+    return lines(found), {**facts(found), "trust": trust}
+
+
+def _trust(run: Path, names: Any, *, quiet: bool) -> list[dict[str, Any]]:
+    """How far a stage's result can be trusted: in lines on stderr, and for JSON."""
+    from fastdiff.results.trust import run_checks
+
+    checks = run_checks(run, names)
+    if not quiet:
+        for check in checks:
+            click.echo(f"trust: {check.line()}", err=True)
+    return [check.model_dump() for check in checks]
 
 
 @cli.command()

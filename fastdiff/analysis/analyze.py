@@ -33,9 +33,10 @@ from fastdiff import rundir
 from fastdiff.analysis.classes import CLASSES, classify, decoder_cosine, delta_norm, specific
 from fastdiff.analysis.examples import display, write_examples
 from fastdiff.analysis.firing import Firing
-from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu
+from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu, unmatched_energy
 from fastdiff.analysis.stability import SAMPLE, stability
 from fastdiff.config import AnalyzeConfig
+from fastdiff.crosscoder.inputs import chosen_models
 from fastdiff.crosscoder.metrics import Quality
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.rows import evaluation_rows, spread_rows
@@ -72,6 +73,7 @@ COLUMNS = {
     "beta_reconstruction_tuned": "β of the tuned model's reconstruction along it",
     "beta_activation_base": "β of the base model's activation along it",
     "beta_activation_tuned": "β of the tuned model's activation along it",
+    "unmatched": "energy that only tuned has of it minus what only base has, over all: -1 only base … 1 only tuned",
     "mean_activation": "mean of f·(norm_base + norm_tuned) over the tokens on which it fires",
     "top_tokens": "JSON list of the tokens on which it fires most strongly, one per document, no token twice",
     "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
@@ -127,7 +129,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         others, hashes = comparable(run, finished, config.train_seed, inputs["store"], progress)
         nats, attributed = read_latent_nats(run, config.train_seed, inputs["model"])
         # an analysis by a version that wrote other tables is not up to date
-        inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json(TABLES))}
+        inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json([TABLES, COLUMNS]))}
         stage = lock.stage(target, "analyze", settings, inputs, OUTPUTS)
         if stage.up_to_date():
             progress.say(f"analyze: {target} is up to date")
@@ -204,6 +206,7 @@ def _analyze(
             "sources": [s.model_dump() for s in store.meta.sources or []],
             "tokens_by_source": totals["tokens"],
             "documents_by_source": totals["documents"],
+            "energy_by_source": totals["energy"],
             "roles": store.meta.roles or [],
             "thresholds": {
                 "nu_error_max": config.nu_error_max,
@@ -235,8 +238,12 @@ def _pass(
     rows: NDArray[np.int64],
     config: AnalyzeConfig,
     progress: Progress,
-) -> tuple[ScalingSums, Firing, dict[str, list[int]]]:
-    """Read the first rows of the store once, in order, in batches of whole documents; `rows` are the usable ones."""
+) -> tuple[ScalingSums, Firing, dict[str, list[Any]]]:
+    """Read the first rows of the store once, in order, in batches of whole documents; `rows` are the usable ones.
+
+    Returns:
+        Scaling, firing, and by source: tokens [S], documents [S], energy [S][M], which is Σ‖x‖² of each model.
+    """
     sources, roles = store.column("sources"), store.column("roles")
     n_sources, n_roles = len(store.meta.sources or [None]), len(store.meta.roles or [None])
     nothing = np.zeros(n_rows, np.int64)
@@ -251,6 +258,8 @@ def _pass(
     tokens = np.bincount(document_number[usable], minlength=document_number[-1] + 1)
     sums = ScalingSums.zeros(crosscoder.dict_size, store.n_models)
     firing = Firing.zeros(crosscoder.dict_size, n_sources, n_roles, config.examples)
+    models = chosen_models(crosscoder.inputs, store.n_models)
+    energy = np.zeros((n_sources, len(models)))
     norm = crosscoder.code_norm().detach().double()
     W_dec, b_dec = crosscoder.W_dec.detach().double(), crosscoder.b_dec.detach().double()
     with progress.task("analyze", n_rows, "tokens") as task:
@@ -262,6 +271,7 @@ def _pass(
             if not bool(finite.all()):
                 row = at[int((~finite).nonzero()[0])]
                 raise InputError(f"{store.path}: row {row} holds NaN or infinity; extract it again")
+            np.add.at(energy, sources[at], batch[:, models].double().square().sum(dim=-1).numpy())
             values, selection = crosscoder.encode(x)
             sums.add(W_dec, b_dec, x, values, selection)
             row = at[selection.row.cpu().numpy()]
@@ -278,6 +288,7 @@ def _pass(
     totals = {
         "tokens": np.bincount(sources[usable], minlength=n_sources).tolist(),
         "documents": np.bincount(sources[first_of_document], minlength=n_sources).tolist(),
+        "energy": energy.tolist(),
     }
     return sums, firing, totals
 
@@ -327,6 +338,7 @@ def _latent_table(
     for target in TARGETS:
         picked = betas[target][torch.arange(F), along].numpy()  # [F, 2 models]
         table[f"beta_{target}_base"], table[f"beta_{target}_tuned"] = picked[:, 0], picked[:, 1]
+    table["unmatched"] = unmatched_energy(betas["error"], W_dec).numpy()
     with np.errstate(invalid="ignore"):
         table["mean_activation"] = firing.total / firing.count
     return table

@@ -100,6 +100,28 @@ class ScalingSums:
         }
 
 
+def unmatched_energy(betas: Tensor, W_dec: Tensor) -> Tensor:
+    """Energy of every latent that only the tuned model has minus what only base has, over all of its energy.
+
+    Unlike ν it looks in both directions, so a latent whose direction was turned counts on both sides.
+
+    Args:
+        betas: The target error of `ScalingSums.betas`, [F, 2, M].
+        W_dec: [F, M, D].
+
+    Returns:
+        [F] float64 from -1 (base alone) to 1 (tuned alone): (‖d_t‖² u_t - ‖d_b‖² u_b) / (‖d_t‖² + ‖d_b‖²), where u is
+        the share of a direction that the other model lacks, 1 - ν held to [0, 1], and 0 where ν is unknown. NaN for a
+        latent that never fired.
+    """
+    energy = W_dec[:, :2].detach().double().square().sum(dim=-1)
+    present = torch.stack([betas[:, 0, 1] / betas[:, 0, 0], betas[:, 1, 0] / betas[:, 1, 1]], dim=1)
+    missing = 1 - present.clamp(0, 1).nan_to_num(nan=1.0)
+    signed = (energy * missing)[:, 1] - (energy * missing)[:, 0]
+    never = betas[:, :2, :2].isnan().flatten(1).all(dim=1)
+    return (signed / energy.sum(dim=1)).masked_fill(never, torch.nan)
+
+
 def nu(betas: Tensor, delta_norm: Tensor) -> Tensor:
     """ν of every latent, in the role that its side of Δ_norm = 0.5 gives it.
 

@@ -21,6 +21,7 @@ from typing import Any
 from fastdiff import rundir
 from fastdiff.annotation.annotate import read_labels
 from fastdiff.annotation.baseline import UNINTERPRETABLE
+from fastdiff.comparison.activations import activation_rows
 from fastdiff.comparison.evidence import attribution_inputs, run_evidence, verdict_file
 from fastdiff.comparison.statistics import Difference, compare_shares
 from fastdiff.config import CompareConfig
@@ -122,7 +123,13 @@ def compare(
             null = run_evidence(Path(config.null_run), name=config.null_run, base="", tuned="")
         verdict = verdict_file(
             [
-                run_evidence(run, name=name, base=fact["base"], tuned=fact["tuned"])
+                run_evidence(
+                    run,
+                    name=name,
+                    base=fact["base"],
+                    tuned=fact["tuned"],
+                    activations=activation_rows(run, alpha=config.alpha),
+                )
                 for name, run, fact in zip(names, runs, facts, strict=True)
             ],
             config,

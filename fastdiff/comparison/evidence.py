@@ -4,7 +4,7 @@ A run whose models could not be run again, or on which `fastdiff attribute` has 
 say at most to which model the latents lean, never gained or lost.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fastdiff.comparison.verdict import CategoryEvidence, decide, evidence, pair
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.results.attribution import DIRECTORY, Attribution, Summary, read_attribution
-from fastdiff.results.verdict import SCHEMA, Comparison, TauFrom, VerdictFile
+from fastdiff.results.verdict import SCHEMA, Comparison, TauFrom, Verdict, VerdictFile
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class RunEvidence:
         tuned: Name of its tuned model.
         summary: The stage's summary; None if the stage has not run.
         categories: Evidence by category; empty if not checked.
+        activations: Rows with what the activations alone say; empty for a null run.
         reason: Why it is not checked; None if it is.
         remedy: What to do about that.
     """
@@ -37,6 +38,7 @@ class RunEvidence:
     tuned: str
     summary: Summary | None
     categories: list[CategoryEvidence]
+    activations: list[Verdict]
     reason: str | None
     remedy: str | None
 
@@ -58,23 +60,31 @@ def attribution_inputs(run: Path) -> dict[str, str]:
     return {f"{DIRECTORY}/{name}": sha256 for name, sha256 in done["outputs"].items()}
 
 
-def run_evidence(run: Path, *, name: str, base: str, tuned: str) -> RunEvidence:
+def run_evidence(run: Path, *, name: str, base: str, tuned: str, activations: Sequence[Verdict] = ()) -> RunEvidence:
     """Read what `fastdiff attribute` found of a run.
+
+    Args:
+        run: The run directory.
+        name: What to call it.
+        base: Name of its base model.
+        tuned: Name of its tuned model.
+        activations: Rows with lean and norm ratio of each category.
 
     Raises:
         InputError: A file of it is damaged.
     """
     if not (run / DIRECTORY / rundir.DONE).exists():
         why, cure = "the models have not been run again, so nothing is known of behaviour", f"fastdiff attribute {run}"
-        return RunEvidence(name, base, tuned, None, [], why, cure)
+        return RunEvidence(name, base, tuned, None, [], list(activations), why, cure)
     found = read_attribution(run / DIRECTORY)
     summary = found.summary
     if summary.state == "not checked":
-        return RunEvidence(name, base, tuned, summary, [], summary.reason, summary.remedy)
-    return RunEvidence(name, base, tuned, summary, _categories(found), None, None)
+        return RunEvidence(name, base, tuned, summary, [], list(activations), summary.reason, summary.remedy)
+    categories = _categories(found, {row.category: row for row in activations})
+    return RunEvidence(name, base, tuned, summary, categories, list(activations), None, None)
 
 
-def _categories(found: Attribution) -> list[CategoryEvidence]:
+def _categories(found: Attribution, activations: Mapping[str, Verdict]) -> list[CategoryEvidence]:
     """Evidence of every category of an attribution that was checked."""
     table, nats, summary = found.documents, found.nats, found.summary
     assert table is not None and nats is not None, "a checked attribution has tables"
@@ -94,6 +104,8 @@ def _categories(found: Attribution) -> list[CategoryEvidence]:
                 summary.unigram_entropy[name],
                 table.text[mine],
                 table.text[traced],
+                norm_ratio=None if (row := activations.get(name)) is None else row.norm_ratio,
+                lean=None if row is None else row.lean,
                 seeds=summary.seeds,
                 latent_nats=own.mean(axis=1, dtype=np.float64) if own.shape[1] else None,
             )
@@ -148,6 +160,7 @@ def _difference(first: RunEvidence, second: RunEvidence, config: CompareConfig, 
         tuned=second.tuned,
         summary=second.summary,
         categories=[],
+        activations=[],
         reason=None if unchecked is None else f"{unchecked.name}: {unchecked.reason}",
         remedy=None if unchecked is None else unchecked.remedy,
     )
@@ -177,13 +190,16 @@ def _decided(
     kind: str,
     runs: Sequence[RunEvidence],
 ) -> Comparison:
-    verdicts = decide(rows, tau=tau, alpha=config.alpha, confidence=config.confidence)
     said = []
     if of.reason is None:
+        verdicts = decide(rows, tau=tau, alpha=config.alpha, confidence=config.confidence)
         subject = of.tuned if kind == "pair" else name
         said = sentences(verdicts, tuned=subject, tau=tau)
     else:
+        verdicts = of.activations
         said = [f"Not checked, so nothing can be called gained or lost: {of.reason}."]
+        if leaning := [f"{row.category} to {row.lean}" for row in verdicts if row.lean is not None]:
+            said.append(f"By activations alone, which say nothing of behaviour, latents lean: {', '.join(leaning)}.")
     return Comparison.model_validate(
         {
             "name": name,

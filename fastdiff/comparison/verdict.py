@@ -394,25 +394,6 @@ def sentences(verdicts: Sequence[Verdict], *, tuned: str, tau: float) -> list[st
     return found
 
 
-def unmatched_energy(base_norm: Array, tuned_norm: Array, base_missing: Array, tuned_missing: Array) -> Array:
-    """Energy of a latent that only the tuned model has minus what only base has, over all of it; -1 to 1.
-
-    Args:
-        base_norm: [latents] norm of the latent's decoder row in base.
-        tuned_norm: The same in tuned.
-        base_missing: [latents] share of the base direction that tuned lacks, 0 to 1.
-        tuned_missing: Share of the tuned direction that base lacks.
-
-    Returns:
-        [latents]; NaN where both norms are zero.
-    """
-    base, tuned = base_norm**2, tuned_norm**2
-    total = base + tuned
-    return np.divide(
-        tuned * tuned_missing - base * base_missing, total, out=np.full(len(total), math.nan), where=total > 0
-    )
-
-
 def rank_z(x: Array, y: Array) -> float:
     """Z of the Mann-Whitney test that x lies above y, with the variance for ties; 0 below five values on a side."""
     if min(len(x), len(y)) < MIN_LABELLED:
@@ -458,13 +439,13 @@ def leans(seeds: Sequence[LabelledLatents], categories: Sequence[str], *, alpha:
 def lean_rows(found: Sequence[CategoryLean], norm_ratios: Sequence[float | None]) -> list[Verdict]:
     """Rows of a comparison that was not checked: nothing is known of behaviour, so every word is `cannot tell`."""
     return [
-        Verdict(category=row.category, change="none", verdict="cannot tell", lean=row.lean, norm_ratio=ratio)
+        Verdict(
+            category=row.category,
+            change="none",
+            verdict="cannot tell",
+            reason="too few labelled latents" if row.cannot_tell else None,
+            lean=row.lean,
+            norm_ratio=ratio,
+        )
         for row, ratio in zip(found, norm_ratios, strict=True)
     ]
-
-
-def lean_sentence(row: CategoryLean) -> str:
-    """One line of a comparison that was not checked."""
-    if row.cannot_tell:
-        return f"{row.category}: cannot tell ({row.labelled} labelled latents; {MIN_LABELLED} needed)"
-    return f"{row.category}: {f'leans to {row.lean}' if row.lean else 'no lean'} (activations only)"

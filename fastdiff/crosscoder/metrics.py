@@ -71,7 +71,7 @@ class Quality:
     l0_p50: float
     l0_p95: float
     train_l0: float  # what the selection of training, made on each batch, takes of it; see `evaluate`
-    dead_fraction: float  # share of latents that fired on none of the rows
+    silent_fraction: float  # share of latents that fired on none of the rows
     dense_fraction: float  # share of latents that fired on more than a tenth of the rows
     never_fired: int  # latents that are in no bin of `frequency`
     frequency: Histogram  # of log10(share of the rows on which a latent fires)
@@ -203,7 +203,7 @@ class _Sums:
             l0_p50=l0[1],
             l0_p95=l0[2],
             train_l0=float(self.taken.double() / rows) if c.activation == "batchtopk" else everything.l0_mean,
-            dead_fraction=never_fired / n_latents,
+            silent_fraction=never_fired / n_latents,
             dense_fraction=int((fired * _DENSE > rows).sum()) / n_latents,
             never_fired=never_fired,
             frequency=Histogram(_EDGES.tolist(), np.histogram(often.numpy(), _EDGES)[0].tolist()),

@@ -5,7 +5,7 @@
                                  input_mean [M, D], input_scale [M]; all float32
         config.json              {"schema": 1, "format": "fastdiff-crosscoder", "dict_size", "n_models", "d_model",
                                   "activation", "k", "code_norm", "inputs", "models", "train", "store_sha256",
-                                  "n_train", "left_out", "pool_rows", "steps"}
+                                  "n_train", "left_out", "quality", "pool_rows", "steps"}
         best/                    the same two files, of the step that was best so far
         checkpoints/             see `fastdiff.crosscoder.checkpoint`
 

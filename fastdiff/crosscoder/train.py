@@ -195,8 +195,8 @@ def _train(
                 seeds=[one.seed for one in configs],
             )
             with stage:
-                _finish(member, store, rows, events, progress)
-                _save(member, store, shuffler, stage.inputs["store"])
+                quality = _finish(member, store, rows, events, progress)
+                _save(member, store, shuffler, stage.inputs["store"], quality)
 
 
 def _start(member: Member, first: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
@@ -211,8 +211,8 @@ def _start(member: Member, first: torch.Tensor, mean: torch.Tensor, variance: to
 
 def _finish(
     member: Member, store: ActivationStore, rows: int | NDArray[np.int64], events: rundir.Events, progress: Progress
-) -> None:
-    """Set the inference threshold, measure and report."""
+) -> dict[str, Any]:
+    """Set the inference threshold, measure and report; what was measured."""
     crosscoder, config = member.crosscoder, member.config
     if config.activation == "batchtopk" and config.calibrate_tokens:
         followed = float(crosscoder.threshold[0])
@@ -226,15 +226,19 @@ def _finish(
     events.write("evaluate", step=config.steps, seed=config.seed, **facts)
     member.trackers.log(config.steps, {"evaluate": facts})
     _report(quality, held_out, config, progress)
+    return facts
 
 
-def _save(member: Member, store: ActivationStore, shuffler: Shuffler, store_sha256: str) -> None:
+def _save(
+    member: Member, store: ActivationStore, shuffler: Shuffler, store_sha256: str, quality: dict[str, Any]
+) -> None:
     facts = {
         "models": [model.model_dump() for model in store.meta.models],
         "train": member.config.identity(),
         "store_sha256": store_sha256,
         "n_train": shuffler.n_rows,
         "left_out": store.left_out_facts(),
+        "quality": {name: quality[name] for name in ("rows", "n_rows", "fve", "fve_all", "never_fired")},
         "pool_rows": shuffler.pool_rows,
         "micro_batch": member.micro_batch,
         "steps": member.config.steps,
@@ -308,7 +312,7 @@ def _report(quality: Quality, rows: EvaluationRows, config: TrainConfig, progres
     of = f"seed {config.seed}, " if config.seed else ""
     progress.say(
         f"train: {of}fve {fve} on {quality.n_rows:,} {rows.name} rows{with_all}, l0 {quality.l0_mean:.1f} "
-        f"({quality.l0_p5:.0f} to {quality.l0_p95:.0f}), {quality.dead_fraction:.1%} of latents silent there"
+        f"({quality.l0_p5:.0f} to {quality.l0_p95:.0f}), {quality.silent_fraction:.1%} of latents silent there"
     )
     gap = l0_gap(quality)
     if abs(gap) > _L0_GAP:

@@ -75,6 +75,7 @@ def _inputs(findings: Findings, assets: Mapping[str, str]) -> dict[str, str]:
     inputs = {"fastdiff": rundir.sha256_text(fastdiff.__version__)}
     inputs |= {name: rundir.sha256_text(text) for name, text in assets.items()}
     inputs["compare"] = _sha256([findings.stages, findings.commands, findings.category_table.rows])
+    inputs["trust"] = _sha256([of.model_dump() for of in tables.trusted(findings)])
     inputs["truth"] = _sha256(findings.truth.model_dump() if findings.truth else None)
     for i, run in enumerate(findings.runs):
         curves = [point.model_dump() for point in run.curves]
@@ -121,6 +122,7 @@ def _render(findings: Findings, assets: Mapping[str, str]) -> tuple[str, dict[st
         findings=findings,
         statistics=findings.statistics,
         runs=[_run_context(i, run) for i, run in enumerate(findings.runs)],
+        trusted=tables.trusted(findings),
         verdicts=tables.verdict_tables(findings),
         comparisons=tables.category_tables(findings),
         planted=tables.planted(findings),
@@ -138,7 +140,8 @@ def _run_context(i: int, run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "facts": tables.facts(run),
-        "trust": tables.trust(run),
+        "measures": tables.measures(run),
+        "notes": tables.count_notes(run),
         "histogram": charts.histogram(run.summary.delta_norm_histogram),
         "scatter": charts.scatter(run, i),
         "curves": charts.curves(run.curves),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from fastdiff.results.nats import LatentNats
 from fastdiff.results.verdict import VerdictFile
@@ -56,7 +56,7 @@ class Quality(_Model):
     fve: list[Number] = []
     fve_pooled: Number = None
     l0_mean: Number = None
-    dead_fraction: Number = None
+    silent_fraction: Number = None
     rows: str = ""
     n_rows: int | None = None
 
@@ -153,7 +153,7 @@ class Point(_Model):
     loss: Number = None
     fve: list[Number] | None = None
     l0: Number = None
-    dead: Number = Field(None, validation_alias=AliasChoices("dead", "dead_fraction"))
+    dead: Number = None
 
 
 @dataclass(frozen=True)

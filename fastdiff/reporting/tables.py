@@ -11,11 +11,10 @@ from fastdiff.reporting.rows import RowLatent, row_href, row_latents
 from fastdiff.reporting.rows import facts as row_facts
 from fastdiff.reporting.schema import Behaviour, Findings, Run
 from fastdiff.reporting.text import SENTENCE, csv_cell, fixed, number, short_name, visible
-from fastdiff.results.verdict import Tested, Verdict
+from fastdiff.results.trust import Trusted, compared
+from fastdiff.results.verdict import Tested, Verdict, words
 
-# below these a reader should not take the comparison at its word
-_FVE_LEAST = 0.8
-_DEAD_MOST = 0.3
+# below these counts of specific latents say little
 _SPECIFIC_LEAST = 30
 _UNCATEGORIZED_MOST = 0.5
 _STABLE_LEAST = 0.5
@@ -51,44 +50,53 @@ def facts(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def trust(run: Run) -> dict[str, Any]:
-    """Measures of how far the run can be trusted, and a warning for each that is poor."""
+def trusted(findings: Findings) -> list[Trusted]:
+    """The checks of every comparison.
+
+    Raises:
+        InputError: A file that they read is damaged.
+    """
+    return compared({run.name: run.path for run in findings.runs}, findings.verdict, by_name=True)
+
+
+def measures(run: Run) -> list[tuple[str, str]]:
+    """How well the crosscoder reconstructs, and how its latents behave; how good that is, `results.trust` says."""
     quality, specific = run.summary.quality, run.summary.specific
-    measures: list[tuple[str, str, bool]] = []
-    warnings: list[str] = []
+    found = [
+        (f"Variance explained, {side}", number(quality.fve[i] if i < len(quality.fve) else None))
+        for i, side in enumerate(("base", "tuned"))
+    ]
+    found += [
+        (f"Silent on rows {quality.rows}", _percent(quality.silent_fraction)),
+        ("Active latents per token, L0", number(quality.l0_mean)),
+        ("Never fired on this text", f"{run.summary.never_fired:,} of {run.summary.dict_size:,}"),
+        *((f"Specific to {side}", f"{specific.get(side, 0):,}") for side in ("base", "tuned")),
+    ]
+    unlabelled, uninterpretable, total = _uncategorized(run)
+    share = _percent((unlabelled + uninterpretable) / total if total else 0.0)
+    value = f"{share} ({unlabelled:,} unlabelled, {uninterpretable:,} uninterpretable of {total:,})"
+    found.append(("Specific without a category", value))
+    if (seeds := run.summary.stability) is not None:
+        value = f"{seeds.exclusive_stable:,} of {seeds.exclusive:,} (of all {seeds.stable:,} of {seeds.observed:,})"
+        found.append(("Of one model, with other seeds too", value))
+    return found
 
-    def measure(name: str, value: str, warning: str | None) -> None:
-        measures.append((name, value, warning is None))
-        if warning is not None:
-            warnings.append(warning)
 
-    for i, side in enumerate(("base", "tuned")):
-        fve = quality.fve[i] if i < len(quality.fve) else None
-        poor = fve is None or fve < _FVE_LEAST
-        words = f"The crosscoder explains {number(fve)} of the {side} model's variance, less than {_FVE_LEAST}."
-        measure(f"Variance explained, {side}", number(fve), words if poor else None)
-    dead = quality.dead_fraction
-    measure(f"Silent on rows {quality.rows}", _percent(dead), None)
-    measure("Active latents per token, L0", number(quality.l0_mean), None)
-    never = run.summary.never_fired / run.summary.dict_size
-    words = f"{_percent(never)} of the latents never fired on this text, more than {_percent(_DEAD_MOST)}."
-    fired = f"{run.summary.never_fired:,} of {run.summary.dict_size:,}"
-    measure("Never fired on this text", fired, words if never > _DEAD_MOST else None)
+def count_notes(run: Run) -> list[str]:
+    """What speaks against reading much into the counts of specific latents."""
+    notes = []
     for side in ("base", "tuned"):
-        n = specific.get(side, 0)
-        words = f"Only {n:,} latents are specific to {side}; shares of so few are coarse."
-        measure(f"Specific to {side}", f"{n:,}", words if n < _SPECIFIC_LEAST else None)
+        if (n := run.summary.specific.get(side, 0)) < _SPECIFIC_LEAST:
+            notes.append(f"Only {n:,} latents are specific to {side}; shares of so few are coarse.")
     unlabelled, uninterpretable, total = _uncategorized(run)
     share = (unlabelled + uninterpretable) / total if total else 0.0
-    words = f"{_percent(share)} of the specific latents have no category."
-    value = f"{_percent(share)} ({unlabelled:,} unlabelled, {uninterpretable:,} uninterpretable of {total:,})"
-    measure("Specific without a category", value, words if share > _UNCATEGORIZED_MOST else None)
-    if (seeds := run.summary.stability) is not None:
-        share = seeds.exclusive_stable / seeds.exclusive if seeds.exclusive else 1.0
-        words = f"Only {_percent(share)} of the latents of one model come back with other seeds."
-        value = f"{seeds.exclusive_stable:,} of {seeds.exclusive:,} (of all {seeds.stable:,} of {seeds.observed:,})"
-        measure("Of one model, with other seeds too", value, words if share < _STABLE_LEAST else None)
-    return {"measures": measures, "warnings": warnings}
+    if share > _UNCATEGORIZED_MOST:
+        notes.append(f"{_percent(share)} of the specific latents have no category.")
+    if (seeds := run.summary.stability) is not None and seeds.exclusive:
+        share = seeds.exclusive_stable / seeds.exclusive
+        if share < _STABLE_LEAST:
+            notes.append(f"Only {_percent(share)} of the latents of one model come back with other seeds.")
+    return notes
 
 
 def verdict_tables(findings: Findings) -> list[dict[str, Any]]:
@@ -150,10 +158,9 @@ def _verdict_row(row: Verdict, limit: float) -> dict[str, Any]:
         clear = of.low is not None and of.high is not None and (of.low > 0 or of.high < 0)
         return charts.forest(of.mean, of.low, of.high, limit, clear, unit="nats")
 
-    words = row.verdict if row.change == "none" else f"{_MARKS[row.change]} {row.change}, {row.verdict}"
     return {
         "row": row,
-        "words": words if row.reason is None else f"{words}: {row.reason}",
+        "words": " ".join(filter(None, (_MARKS.get(row.change), words(row)))),
         "state": "clear" if row.verdict == "confirmed" else "spans" if row.change == "none" else "",
         "behaviour": plot(row.B),
         "through": plot(row.V),
@@ -246,6 +253,7 @@ def summary(findings: Findings) -> dict[str, Any]:
         "title": title(findings),
         "kind": findings.statistics.kind,
         "verdict": findings.verdict.model_dump(by_alias=True, exclude={"schema_"}),
+        "trust": [{**of.model_dump(), "state": of.state} for of in trusted(findings)],
         "row_latents": row_facts(findings),
         "specific_latents": findings.statistics.verdict,
         "alpha": findings.statistics.alpha,
@@ -265,7 +273,7 @@ def summary(findings: Findings) -> dict[str, Any]:
                 "stability": run.summary.stability.model_dump() if run.summary.stability else None,
                 "delta_norm_histogram": run.summary.delta_norm_histogram.model_dump(),
                 "cards": len(run.cards),
-                "warnings": trust(run)["warnings"],
+                "count_notes": count_notes(run),
             }
             for run in findings.runs
         ],

@@ -31,6 +31,7 @@ Reason = Literal[
     "inside: cannot tell",
     "too few documents",
     "interval too wide",
+    "too few labelled latents",
 ]
 Lean = Literal["tuned", "base"]
 
@@ -166,6 +167,16 @@ def facts(file: VerdictFile) -> dict[str, Any]:
     return found
 
 
+def words(row: Verdict) -> str:
+    """The verdict of a row as a reader sees it. Without nats it says at most to which model the latents lean."""
+    if row.B is None:
+        if row.lean is not None:
+            return f"leans to {row.lean} (activations only)"
+        return f"cannot tell: {row.reason}" if row.reason else "no lean (activations only)"
+    said = row.verdict if row.change == "none" else f"{row.change}, {row.verdict}"
+    return said if row.reason is None else f"{said}: {row.reason}"
+
+
 def lines(file: VerdictFile) -> list[str]:
     """The whole verdict as text: of each comparison its sentences, then a line per category.
 
@@ -178,14 +189,13 @@ def lines(file: VerdictFile) -> list[str]:
         if comparison.state == "not checked" and comparison.remedy:
             found.append(f"  to check it: {comparison.remedy}")
         width = max((len(row.category) for row in comparison.rows), default=0)
-        words = [row.verdict if row.change == "none" else f"{row.change}, {row.verdict}" for row in comparison.rows]
-        room = max(map(len, words), default=0)
-        for row, word in zip(comparison.rows, words, strict=True):
-            reason = f"; {row.reason}" if row.reason else ""
+        said = [words(row) for row in comparison.rows]
+        room = max(map(len, said), default=0)
+        for row, word in zip(comparison.rows, said, strict=True):
             numbers = ""
             if row.B is not None and row.L is not None and row.V is not None:
                 numbers = f"  B {_range(row.B)}  L {_nats(row.L.mean)}  V {_range(row.V)} {row.signs}"
-            found.append(f"  {row.category:{width}}  {word:{room}}{numbers}{reason}")
+            found.append(f"  {row.category:{width}}  {word:{room}}{numbers}".rstrip())
     return found
 
 

@@ -1,10 +1,12 @@
 """Latent scaling against its definition: a dense least-squares fit per latent, direction, model and target."""
 
+import math
+
 import pytest
 import torch
 
 from fastdiff.analysis.classes import delta_norm
-from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu
+from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu, unmatched_energy
 from fastdiff.crosscoder.model import Crosscoder
 
 
@@ -117,3 +119,16 @@ def test_rescaling_and_swapping():
     for target in TARGETS:
         torch.testing.assert_close(ratio_scaled[target], ratio[target], rtol=1e-4, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(ratio_swapped[target], ratio[target], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_unmatched_energy_looks_both_ways():
+    """Rows by hand: only tuned, only base, shared, turned by a right angle, never fired."""
+    W_dec = torch.tensor([[[0.0, 0.0], [3.0, 0.0]], [[2.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]],
+                          [[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]])  # fmt: skip
+    nan = math.nan
+    # [direction base: β in base, in tuned], [direction tuned: ...]
+    betas = torch.tensor([[[nan, nan], [0.0, 1.0]], [[1.0, 0.0], [nan, nan]], [[1.0, 1.2], [0.9, 1.0]],
+                          [[1.0, 0.0], [0.25, 1.0]], [[nan, nan], [nan, nan]]], dtype=torch.float64)  # fmt: skip
+    found = unmatched_energy(betas, W_dec).tolist()
+    assert found[:4] == pytest.approx([1.0, -1.0, (1 * 0.1 - 1 * 0.0) / 2, (4 * 0.75 - 1 * 1.0) / 5])
+    assert math.isnan(found[4])

@@ -38,7 +38,9 @@ def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=Non
                     labels.append({"latent": n, "label": "", "category": category, "confidence": 1.0})
                 n += 1
     models = [{"name": base, "revision": None, "weights_sha256": weights}, {"name": tuned, "revision": None}]
-    rundir.write_json(analysis / "summary.json", {"schema": 1, "models": models, "sources": []})
+    rundir.write_json(
+        analysis / "summary.json", {"schema": 1, "models": models, "sources": [], "energy_by_source": [], **QUALITY}
+    )
     for name in OUTPUTS[2:]:
         (analysis / name).write_bytes(b"")
     rundir.finish(analysis, "analyze", {}, {"store": rundir.sha256_text(base)}, OUTPUTS)
@@ -50,6 +52,7 @@ def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=Non
     return run
 
 
+QUALITY = {"quality": {"fve": [0.9, 0.9]}, "never_fired": 0, "dict_size": 200}
 CHANGED = [
     ("base", "code", 40),
     ("base", "law", 5),
@@ -409,7 +412,8 @@ def test_a_category_of_the_text_that_no_latent_stands_for_is_in_the_table(tmp_pa
     run = fake_run(tmp_path / "r", SAME)
     path = run / "analysis" / "summary.json"
     sources = [{"dataset": "d", "category": "poetry"}, {"dataset": "d", "category": None}]
-    rundir.write_json(path, rundir.read_json(path, 1) | {"sources": sources})
+    energy = {"energy_by_source": [[1.0, 1.0]] * len(sources)}
+    rundir.write_json(path, rundir.read_json(path, 1) | {"sources": sources} | energy)
     done = rundir.read_json(run / "analysis" / "DONE.json", 1)
     rundir.finish(run / "analysis", "analyze", {}, done["inputs"], OUTPUTS)
     outputs = rundir.require_done(run / "analysis", "")["outputs"]

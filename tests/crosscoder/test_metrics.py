@@ -94,7 +94,7 @@ def transcribed(c, stored, codes, n_left_out=0):
     return {
         "n_rows": len(x), "fve": of_models, "fve_all": fve_all, "fve_pooled": pooled, "l0_mean": l0.mean(),
         **{f"l0_p{p}": np.percentile(l0, p) for p in (5, 50, 95)},
-        "train_l0": l0.mean(), "dead_fraction": (frequency == 0).mean(), "dense_fraction": (frequency > 0.1).mean(),
+        "train_l0": l0.mean(), "silent_fraction": (frequency == 0).mean(), "dense_fraction": (frequency > 0.1).mean(),
         "never_fired": int((frequency == 0).sum()),
         "frequency": {
             "edges": edges.tolist(), "counts": np.histogram(np.log10(frequency[frequency > 0]), edges)[0].tolist()
@@ -135,7 +135,7 @@ def test_every_figure_is_the_dense_one(activation, n, M, D, F, k):
     expected = transcribed(c, stored, codes)
     if activation == "batchtopk":
         expected["train_l0"] = found["train_l0"]
-    assert 0 < expected["l0_mean"] < F and 0 < expected["dead_fraction"] < 1
+    assert 0 < expected["l0_mean"] < F and 0 < expected["silent_fraction"] < 1
     assert_same(found, expected)
     assert_same(asdict(evaluate(c, [stored])), expected | {"groups": {}})
     kept, apart = n - 11, {grouping: of[: n - 11] for grouping, of in codes.items()}
@@ -236,7 +236,12 @@ def test_frequencies_are_counted_in_decades_halved():
     counts = dict(zip(quality.frequency.edges, quality.frequency.counts, strict=False))
     assert {edge: count for edge, count in counts.items() if count} == {-3.0: 1, -1.0: 1, -0.5: 1}
     assert len(quality.frequency.edges) == 17 and quality.frequency.edges[-1] == 0
-    assert (quality.n_rows, quality.never_fired, quality.dead_fraction, quality.dense_fraction) == (1000, 1, 0.25, 0.5)
+    assert (quality.n_rows, quality.never_fired, quality.silent_fraction, quality.dense_fraction) == (
+        1000,
+        1,
+        0.25,
+        0.5,
+    )
     # a tenth of the rows is not more than a tenth
     with torch.no_grad():
         c.b_enc[3] = -899.0

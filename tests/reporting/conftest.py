@@ -143,7 +143,7 @@ def write_analysis(
     specific = [row["specific"] for row in rows]
     classes = [row["class"] for row in rows]
     counts, edges = np.histogram([float(row["delta_norm"]) for row in rows], 40, (0, 1))
-    quality = {"fve": [0.873, 0.781], "fve_pooled": 0.83, "l0_mean": 98.7, "dead_fraction": 0.041}
+    quality = {"fve": [0.873, 0.781], "fve_pooled": 0.83, "l0_mean": 98.7, "silent_fraction": 0.041}
     summary = {
         "schema": 1,
         "n_tokens": 1_000_000,

@@ -167,13 +167,16 @@ def test_report_json_holds_the_numbers(run: Path) -> None:
 
 def test_what_cannot_be_trusted_is_said(run: Path, make_pair: Callable[..., Path], tmp_path: Path) -> None:
     html = Page(run / "report/report.html").html
-    assert "explains 0.781 of the tuned model&#39;s variance" in html
-    assert "explains 0.873" not in html
-    assert html.count("▲ low trust") == 1
-    assert "45 of 60 (of all 200 of 390)" in html
+    trust = html[html.index('id="trust"') : html.index('id="changed"')]
+    assert "explains 0.87 and 0.78 of the models&#39; variance" in trust and "▲ poor" in trust
+    assert "○ not checked" in trust and "--splice" in trust and "--null" in trust
+    (trusted,) = json.loads((run / "report/report.json").read_text())["trust"]
+    checks = {check["name"]: check["state"] for check in trusted["checks"]}
+    assert trusted["state"] == checks["reconstruction"] == "poor"
+    assert checks["splice"] == checks["sinks"] == checks["null"] == "not checked"
+    assert "45 of 60 (of all 200 of 390)" in html and "latents are specific to" not in html
     few = build_report(make_pair(tmp_path / "run", sizes=(100, 20, 2, 9))).read_text()
     assert "Only 10 latents are specific to tuned" in few
-    assert few.count("▲ low trust") == 3
 
 
 def test_latents_that_do_not_come_back_are_said(

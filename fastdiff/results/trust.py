@@ -1,0 +1,253 @@
+"""How far a result can be trusted: seven checks, in the same words at every stage, in JSON and in the report.
+
+Each is *fine*, *poor*, or *not checked* with the command that would check it. What is not checked is never fine.
+
+    reconstruction   how much of the activations' variance the crosscoders explain, and how many latents never fire
+    sinks            whether rows with outlying norms were left out of use
+    seeds            whether the result was made with three crosscoders or more, and comes back in them
+    splice           what the reconstructions are worth to the models themselves
+    attribution      whether the models were run again, and the parts add up to the whole
+    null             whether τ was held against a pair whose models differ by nothing that counts
+    power            whether every category has enough documents to be told
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fastdiff.results.analysis import SUMMARY, read_analysis_summary
+from fastdiff.results.attribution import DIRECTORY, read_summary
+from fastdiff.results.verdict import Comparison, VerdictFile
+from fastdiff.rundir import DONE, read_json
+
+Name = Literal["reconstruction", "sinks", "seeds", "splice", "attribution", "null", "power"]
+State = Literal["fine", "poor", "not checked"]
+
+# what is known once a stage has ended
+TRAINED: tuple[Name, ...] = ("reconstruction", "sinks", "seeds")
+ATTRIBUTED: tuple[Name, ...] = ("attribution",)
+ANALYZED: tuple[Name, ...] = ("reconstruction", "sinks", "seeds", "splice")
+COMPARED: tuple[Name, ...] = ("reconstruction", "sinks", "seeds", "splice", "attribution")
+
+FVE_LEAST = 0.8
+NEVER_FIRED_MOST = 0.3
+SEEDS_LEAST = 3
+RECOVERED_LEAST = 0.9
+GAP_MOST = 0.03
+# the default of --tau, in nats: an A/A run that shows more has taken the place of it
+TAU = 0.05
+
+
+class Check(BaseModel):
+    """One of the seven.
+
+    Attributes:
+        name: Which.
+        state: fine, poor, or not checked.
+        says: What was found, or what is missing, as a sentence.
+        remedy: What checks it or makes it better; None where there is nothing to do.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name
+    state: State
+    says: str
+    remedy: str | None = None
+
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"{self.name}: {self.state}; {self.says}" + (f" To do: {self.remedy}." if self.remedy else "")
+
+
+class Trusted(BaseModel):
+    """The checks of a run, or of a comparison between two."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    of: str
+    checks: list[Check]
+
+    @property
+    def state(self) -> State:
+        """Fine only if all are; poor if one is."""
+        states = {check.state for check in self.checks}
+        return "poor" if "poor" in states else "not checked" if "not checked" in states else "fine"
+
+    def sentence(self) -> str:
+        """How many are what."""
+        counts = [(state, sum(c.state == state for c in self.checks)) for state in ("poor", "not checked")]
+        named = [f"{n} {state}" for state, n in counts if n]
+        if not named:
+            return f"All {len(self.checks)} checks are fine."
+        return f"Of {len(self.checks)} checks {' and '.join(named)}: read the result with care."
+
+
+def run_checks(run: Path, names: Sequence[Name], called: str | None = None) -> list[Check]:
+    """Those checks of a run that its own files tell.
+
+    Args:
+        run: The run directory.
+        names: Which checks.
+        called: What commands call the run; its path unless given.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    crosscoders, analysis, called = _crosscoders(run), None, called or str(run)
+    if (run / "analysis" / DONE).exists():
+        analysis = read_analysis_summary(run)
+    found = {
+        "reconstruction": lambda: _reconstruction(called, crosscoders, analysis),
+        "sinks": lambda: _sinks(called, crosscoders, analysis),
+        "seeds": lambda: _seeds(crosscoders, analysis),
+        "splice": lambda: _splice(called, analysis),
+        "attribution": lambda: _attribution(run, called),
+    }
+    return [found[name]() for name in names]
+
+
+def compared(runs: Mapping[str, Path], verdict: VerdictFile, *, by_name: bool = False) -> list[Trusted]:
+    """All checks of every run of a comparison, and of the comparison between two.
+
+    Args:
+        runs: Run directories by the names that the comparison gives them.
+        verdict: What it found.
+        by_name: Whether commands call the runs by these names instead of their paths, for what must not depend on
+            where a run lies.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    found = []
+    for comparison in verdict.comparisons:
+        own = [_null(comparison, verdict), _power(comparison)]
+        if comparison.kind == "pair":
+            (name,) = comparison.runs
+            own = [*run_checks(runs[name], COMPARED, name if by_name else None), *own]
+        found.append(Trusted(of=comparison.name, checks=own))
+    return found
+
+
+def _crosscoders(run: Path) -> dict[int, dict[str, Any]]:
+    """config.json of the finished crosscoders by seed."""
+    found = {}
+    for mark in run.glob(f"crosscoder/seed-*/{DONE}"):
+        seed = mark.parent.name.removeprefix("seed-")
+        if seed.isdecimal() and (mark.parent / "config.json").exists():
+            found[int(seed)] = read_json(mark.parent / "config.json", 1)
+    return dict(sorted(found.items()))
+
+
+def _reconstruction(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
+    qualities = [one["quality"] for one in crosscoders.values() if "quality" in one]
+    if not qualities and analysis is not None:
+        qualities = [analysis["quality"]]
+    if not qualities:
+        says = "The crosscoder was not measured."
+        return Check(name="reconstruction", state="not checked", says=says, remedy=f"fastdiff analyze {run}")
+    by_model = zip(*(quality["fve"] for quality in qualities), strict=True)
+    fve = [min(_known(value) for value in values) for values in by_model]
+    worst = " and ".join("nothing" if value == -math.inf else f"{value:.2f}" for value in fve) or "nothing"
+    seeds = f" (the least of {len(qualities)} seeds)" if len(qualities) > 1 else ""
+    says = f"The crosscoder explains {worst} of the models' variance{seeds}."
+    poor = min(fve, default=-math.inf) < FVE_LEAST
+    # on few held-out rows many latents are silent that do fire, so this takes the whole text of the analysis
+    if analysis is not None:
+        silent = analysis["never_fired"] / analysis["dict_size"]
+        says += f" {silent:.0%} of the latents never fired."
+        poor = poor or silent > NEVER_FIRED_MOST
+    remedy = "train with more latents, a larger k, more steps or a higher learning rate" if poor else None
+    return Check(name="reconstruction", state="poor" if poor else "fine", says=says, remedy=remedy)
+
+
+def _sinks(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
+    made = [one for one in (*crosscoders.values(), analysis or {}) if one.get("left_out")]
+    if not made:
+        says = "It is not known whether rows with outlying norms were left out of use."
+        return Check(name="sinks", state="not checked", says=says, remedy=f"train it again with this version, -o {run}")
+    facts = made[0]["left_out"]
+    if not facts["max_norm"]:
+        says = "Rows with outlying norms were kept in use (--max-norm 0)."
+        return Check(name="sinks", state="not checked", says=says, remedy="fastdiff extract --max-norm 3")
+    if not facts["rows"]:
+        says = f"No row has a norm over {facts['max_norm']:g} times the median."
+        return Check(name="sinks", state="fine", says=says)
+    variance = " and ".join(f"{share:.0%}" for share in facts["variance_share"])
+    says = f"{facts['rows']:,} rows ({facts['share']:.1%}) with {variance} of the variance were left out of use."
+    return Check(name="sinks", state="fine", says=says)
+
+
+def _seeds(crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
+    n = len(crosscoders)
+    more = "fastdiff train with --seeds 0,1,2"
+    if n < 2:
+        says = "One crosscoder was trained, so chance in training was not seen."
+        return Check(name="seeds", state="not checked", says=says, remedy=more)
+    if n < SEEDS_LEAST:
+        says = f"Only {n} crosscoders were trained."
+        return Check(name="seeds", state="poor", says=says, remedy=more)
+    says = f"{n} crosscoders were trained."
+    if analysis is not None and (of := analysis.get("stability")) is not None and of["exclusive"]:
+        says += f" Of the {of['exclusive']:,} latents of one model {of['exclusive_stable']:,} come back in the others."
+    return Check(name="seeds", state="fine", says=says)
+
+
+def _splice(run: str, analysis: dict[str, Any] | None) -> Check:
+    facts = None if analysis is None else analysis.get("splice")
+    if facts is None:
+        says = "The reconstructions were not put back into the models."
+        return Check(name="splice", state="not checked", says=says, remedy=f"fastdiff analyze {run} --splice")
+    recovered = [model["loss_recovered"] for model in facts["models"]]
+    shown = " and ".join("–" if share is None else f"{share:.0%}" for share in recovered)
+    says = f"With their reconstructions the models keep {shown} of the loss that zeros would cost."
+    poor = any(share is not None and share < RECOVERED_LEAST for share in recovered)
+    remedy = "train with more latents, a larger k or more steps" if poor else None
+    return Check(name="splice", state="poor" if poor else "fine", says=says, remedy=remedy)
+
+
+def _attribution(run: Path, called: str) -> Check:
+    if not (run / DIRECTORY / SUMMARY).exists() or not (run / DIRECTORY / DONE).exists():
+        says = "The models were not run again, so nothing is known of their behaviour."
+        return Check(name="attribution", state="not checked", says=says, remedy=f"fastdiff attribute {called}")
+    found = read_summary(run / DIRECTORY)
+    if found.state == "not checked":
+        return Check(name="attribution", state="not checked", says=f"{found.reason}.", remedy=found.remedy)
+    gap = found.largest_gap
+    says = f"The parts add up to the whole within {'an unknown share' if gap is None else f'{gap:.1%}'}."
+    poor = gap is None or gap > GAP_MOST
+    return Check(name="attribution", state="poor" if poor else "fine", says=says)
+
+
+def _null(comparison: Comparison, verdict: VerdictFile) -> Check:
+    if comparison.state == "not checked":
+        return Check(name="null", state="not checked", says="Nothing was decided that a null could be held against.")
+    if verdict.tau_from is None:
+        says = f"τ is {verdict.tau:g} nats; no pair was shown whose models differ by nothing that counts."
+        return Check(name="null", state="not checked", says=says, remedy="fastdiff compare with --null A_A_RUN")
+    largest = verdict.tau_from.largest
+    says = f"{verdict.tau_from.run}, whose models differ by nothing that counts, shows {largest:.3f} nats at most."
+    if largest <= TAU:
+        return Check(name="null", state="fine", says=says)
+    return Check(name="null", state="poor", says=f"{says} Smaller changes than that cannot be told.")
+
+
+def _power(comparison: Comparison) -> Check:
+    if comparison.state == "not checked":
+        return Check(name="power", state="not checked", says="No category was decided.", remedy=comparison.remedy)
+    rows = [row for row in comparison.rows if row.verdict == "cannot tell"]
+    if not rows:
+        n = min((row.documents_nats for row in comparison.rows), default=0)
+        return Check(name="power", state="fine", says=f"Every category was decided, on {n} documents or more.")
+    names = ", ".join(row.category for row in rows)
+    says = f"{len(rows)} of {len(comparison.rows)} categories cannot be told: {names}."
+    needed = max((row.documents_needed or 0 for row in rows), default=0)
+    remedy = f"extract up to {needed} documents of each" if needed else "extract more documents of each"
+    return Check(name="power", state="poor", says=says, remedy=remedy)
+
+
+def _known(value: float | None) -> float:
+    return -math.inf if value is None or math.isnan(value) else value

@@ -1,0 +1,172 @@
+"""Every state of every check, from files as the stages write them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdiff import rundir
+from fastdiff.results import trust
+from fastdiff.results.trust import COMPARED, Check, Trusted, compared, run_checks
+from fastdiff.results.verdict import Comparison, Estimate, Tested, Verdict, VerdictFile
+
+LEFT_OUT = {"max_norm": 3.0, "rows": 28, "share": 0.028, "variance_share": [0.5, 0.48]}
+FINE = {"rows": "held-out", "n_rows": 100, "fve": [0.9, 0.85], "fve_all": [0.9, 0.85], "never_fired": 1}
+SPLICE = {"models": [{"loss_recovered": 0.99}, {"loss_recovered": 0.97}]}
+TESTED = Tested(mean=0.5, low=0.4, high=0.6, p=0.0, q=0.0)
+
+
+def write_seed(run: Path, seed: int, **facts: Any) -> None:
+    directory = run / "crosscoder" / f"seed-{seed}"
+    rundir.write_json(directory / "config.json", {"schema": 1, "dict_size": 100, **facts})
+    rundir.finish(directory, "train", {}, {}, ["config.json"])
+
+
+def write_analysis(run: Path, **facts: Any) -> None:
+    directory = run / "analysis"
+    summary = {"schema": 1, "dict_size": 100, "never_fired": 4, "quality": {"fve": [0.9, 0.9]}, "stability": None}
+    rundir.write_json(directory / "summary.json", {**summary, **facts})
+    rundir.finish(directory, "analyze", {}, {}, ["summary.json"])
+
+
+def write_attribution(run: Path, **facts: Any) -> None:
+    directory = run / "attribution"
+    rundir.write_json(directory / "summary.json", {"schema": 1, "state": "checked", "tau": 0.05, **facts})
+    rundir.finish(directory, "attribute", {}, {}, ["summary.json"])
+
+
+def check(run: Path, name: trust.Name) -> Check:
+    (found,) = run_checks(run, [name])
+    assert found.name == name and found.says.endswith(".") and "\n" not in found.line()
+    return found
+
+
+def verdict(*rows: Verdict, state: str = "checked", tau_from: Any = None) -> VerdictFile:
+    pair = {"name": "base→tuned", "kind": "pair", "runs": ["run"], "base": "b", "tuned": "t", "state": state}
+    if state != "checked":
+        pair |= {"reason": "the models are gone", "remedy": "fastdiff attribute run"}
+    comparison = Comparison.model_validate({**pair, "rows": [row.model_dump() for row in rows]})
+    facts = {"tau": 0.05, "tau_from": tau_from, "alpha": 0.05, "confidence": 0.95, "comparisons": [comparison]}
+    return VerdictFile.model_validate({"schema": 1, **facts})
+
+
+def row(word: str, **facts: Any) -> Verdict:
+    change = "gained" if word == "confirmed" else "none"
+    estimates = {"B": TESTED, "L": TESTED, "V": TESTED, "latents": Estimate(mean=0.5, low=0.4, high=0.6)}
+    return Verdict(category="code", change=change, verdict=word, documents_nats=40, **estimates, **facts)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_an_empty_directory_is_not_checked_and_says_what_would(tmp_path: Path, name) -> None:
+    found = check(tmp_path, name)
+    assert (found.state == "not checked" and found.remedy and "fastdiff" in found.remedy) or "train" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("fve", "never_fired", "state", "says"),
+    [
+        ([0.9, 0.85], 4, "fine", "explains 0.80 and 0.85 of"),
+        ([0.79, 0.85], 4, "poor", "explains 0.79 and 0.85 of"),
+        ([None, 0.85], 4, "poor", "explains nothing and 0.85 of"),
+        ([0.9, 0.85], 31, "poor", "31% of the latents never fired"),
+    ],
+)
+def test_reconstruction_is_that_of_the_worst_seed(tmp_path: Path, fve, never_fired, state, says) -> None:
+    write_seed(tmp_path, 0, quality={**FINE, "fve": [0.8, 0.99]})
+    write_seed(tmp_path, 1, quality={**FINE, "fve": fve})
+    write_analysis(tmp_path, never_fired=never_fired)
+    found = check(tmp_path, "reconstruction")
+    assert found.state == state and says in found.says and (found.remedy is None) == (state == "fine")
+
+
+def test_reconstruction_of_an_older_crosscoder_is_that_of_its_analysis(tmp_path: Path) -> None:
+    write_seed(tmp_path, 0)
+    assert check(tmp_path, "reconstruction").state == "not checked"
+    write_analysis(tmp_path, quality={"fve": [0.5, 0.9]})
+    assert check(tmp_path, "reconstruction").state == "poor"
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "says"),
+    [
+        (LEFT_OUT, "fine", "28 rows (2.8%) with 50% and 48% of the variance were left out"),
+        ({**LEFT_OUT, "rows": 0}, "fine", "No row has a norm over 3 times the median"),
+        ({**LEFT_OUT, "max_norm": 0.0}, "not checked", "--max-norm 0"),
+        (None, "not checked", "not known"),
+    ],
+)
+def test_sinks(tmp_path: Path, facts, state, says) -> None:
+    write_seed(tmp_path, 0, left_out=facts)
+    found = check(tmp_path, "sinks")
+    assert found.state == state and says in found.says and (found.remedy is None) == (state == "fine")
+
+
+@pytest.mark.parametrize(("n", "state"), [(1, "not checked"), (2, "poor"), (3, "fine"), (5, "fine")])
+def test_seeds(tmp_path: Path, n, state) -> None:
+    for seed in range(n):
+        write_seed(tmp_path, seed)
+    write_analysis(tmp_path, stability={"exclusive": 60, "exclusive_stable": 45})
+    found = check(tmp_path, "seeds")
+    assert found.state == state and (state == "fine") == ("60 latents of one model 45 come back" in found.says)
+
+
+@pytest.mark.parametrize(("shares", "state"), [((0.99, 0.9), "fine"), ((0.99, 0.89), "poor"), ((None, 0.95), "fine")])
+def test_splice(tmp_path: Path, shares, state) -> None:
+    write_analysis(tmp_path, splice={"models": [{"loss_recovered": share} for share in shares]})
+    assert check(tmp_path, "splice").state == state
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "says"),
+    [
+        ({"largest_gap": 0.021}, "fine", "within 2.1%"),
+        ({"largest_gap": 0.031}, "poor", "within 3.1%"),
+        ({"largest_gap": None}, "poor", "unknown"),
+        ({"state": "not checked", "reason": "a model is gone", "remedy": "put it back"}, "not checked", "is gone"),
+    ],
+)
+def test_attribution(tmp_path: Path, facts, state, says) -> None:
+    write_attribution(tmp_path, **facts)
+    found = check(tmp_path, "attribution")
+    assert found.state == state and says in found.says
+
+
+def of(tmp_path: Path, file: VerdictFile, name: str) -> Check:
+    (trusted,) = compared({"run": tmp_path}, file)
+    assert [one.name for one in trusted.checks] == [*COMPARED, "null", "power"]
+    return next(one for one in trusted.checks if one.name == name)
+
+
+@pytest.mark.parametrize(
+    ("tau_from", "state"),
+    [(None, "not checked"), ({"run": "aa", "largest": 0.04}, "fine"), ({"run": "aa", "largest": 0.09}, "poor")],
+)
+def test_null(tmp_path: Path, tau_from, state) -> None:
+    found = of(tmp_path, verdict(row("confirmed"), tau_from=tau_from), "null")
+    assert found.state == state and ("--null" in (found.remedy or "")) == (state == "not checked")
+
+
+def test_power(tmp_path: Path) -> None:
+    found = of(tmp_path, verdict(row("confirmed")), "power")
+    assert found.state == "fine" and "on 40 documents or more" in found.says
+    poor = verdict(row("confirmed"), row("cannot tell", reason="interval too wide", documents_needed=120))
+    found = of(tmp_path, poor, "power")
+    assert found.state == "poor" and "1 of 2 categories" in found.says and "120 documents" in str(found.remedy)
+    found = of(tmp_path, verdict(state="not checked"), "power")
+    assert found.state == "not checked" and found.remedy == "fastdiff attribute run"
+
+
+def test_green_needs_all(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_seed(tmp_path, seed, quality=FINE, left_out=LEFT_OUT)
+    write_analysis(tmp_path, splice=SPLICE)
+    write_attribution(tmp_path, largest_gap=0.01)
+    null = {"run": "aa", "largest": 0.03}
+    (trusted,) = compared({"run": tmp_path}, verdict(row("confirmed"), tau_from=null))
+    assert trusted.state == "fine" and trusted.sentence() == "All 7 checks are fine."
+    (trusted,) = compared({"run": tmp_path}, verdict(row("confirmed")))
+    assert trusted.state == "not checked" and "1 not checked" in trusted.sentence()
+    both = Trusted(of="x", checks=[Check(name="null", state="poor", says="a."), trusted.checks[5]])
+    assert (
+        both.state == "poor" and both.sentence() == "Of 2 checks 1 poor and 1 not checked: read the result with care."
+    )
