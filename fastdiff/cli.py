@@ -10,8 +10,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -28,6 +29,10 @@ from fastdiff.cli_options import (
     resolve,
     shared,
 )
+
+if TYPE_CHECKING:
+    from fastdiff.progress import Progress
+    from fastdiff.results.trust import Name
 
 
 @click.group(
@@ -67,7 +72,7 @@ def demo(out: Path, seed: int, small: bool, attribute: bool, as_json: bool, quie
     from fastdiff.demo.demo import run_demo
 
     result = run_demo(out, seed, progress_of(progress_mode, quiet), small=small, attribute=attribute)
-    lines, facts = _verdict(out / "compare", quiet=quiet)
+    lines, facts = _verdict(out / "compare", progress_of(progress_mode, quiet))
     print_result(
         as_json,
         "\n".join([*lines, f"planted truth: {result.sentence}", f"report: {result.report}"]),
@@ -124,7 +129,7 @@ def train(
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     # what training found; a crosscoder of a version before it says nothing
     left_out = read_json(directories[0] / CONFIG, SCHEMA).get("left_out")
-    trust = _trust(out, TRAINED, quiet=quiet)
+    trust = _trust(out, TRAINED, progress_of(progress_mode, quiet))
     print_result(
         as_json,
         "\n".join(map(str, directories)),
@@ -158,7 +163,7 @@ def attribute(
     directory = attribute_run(run, config, progress_of(progress_mode, quiet), store_path=store)
     found = read_attribution(directory)
     facts = {key: value for key, value in found.summary.model_dump(by_alias=True).items() if key != "schema"}
-    trust = _trust(run, ATTRIBUTED, quiet=quiet)
+    trust = _trust(run, ATTRIBUTED, progress_of(progress_mode, quiet))
     print_result(as_json, str(directory), attribution=directory, **facts, means=category_means(found), trust=trust)
 
 
@@ -187,7 +192,7 @@ def analyze(
         key: summary.get(key)
         for key in ("left_out", "classes", "specific", "never_fired", "stability", "splice", "quality")
     }
-    trust = _trust(run, ANALYZED, quiet=quiet)
+    trust = _trust(run, ANALYZED, progress_of(progress_mode, quiet))
     print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown, trust=trust)
 
 
@@ -234,11 +239,11 @@ def compare(
         raise click.UsageError("two runs need -o, a directory for the comparison")
     config = resolve(CompareConfig, "compare", config_file, settings, given)
     directory = compare_runs(list(runs), out or runs[0], config, progress_of(progress_mode, True))
-    lines, facts = _verdict(directory, quiet=quiet)
+    lines, facts = _verdict(directory, progress_of(progress_mode, quiet))
     print_result(as_json, "\n".join(lines), categories=directory / "categories.csv", **facts)
 
 
-def _verdict(directory: Path, *, quiet: bool) -> tuple[list[str], dict[str, Any]]:
+def _verdict(directory: Path, progress: "Progress") -> tuple[list[str], dict[str, Any]]:
     """What a comparison found: a line per sentence and category for people, and all of it for scripts.
 
     How far it can be trusted goes to stderr and into the facts.
@@ -249,23 +254,21 @@ def _verdict(directory: Path, *, quiet: bool) -> tuple[list[str], dict[str, Any]
 
     found = read(directory / "verdict.json")
     trusted = compared(compared_runs(directory), found)
-    if not quiet:
-        for of in trusted:
-            click.echo(f"trust in {of.of}: {of.sentence()}", err=True)
-            for check in of.checks:
-                click.echo(f"  {check.line()}", err=True)
+    for of in trusted:
+        progress.say(f"trust in {of.of}: {of.sentence()}")
+        for check in of.checks:
+            progress.say(f"  {check.line()}")
     trust = [{"of": of.of, "state": of.state, "checks": [check.model_dump() for check in of.checks]} for of in trusted]
     return lines(found), {**facts(found), "trust": trust}
 
 
-def _trust(run: Path, names: Any, *, quiet: bool) -> list[dict[str, Any]]:
+def _trust(run: Path, names: "Sequence[Name]", progress: "Progress") -> list[dict[str, Any]]:
     """How far a stage's result can be trusted: in lines on stderr, and for JSON."""
     from fastdiff.results.trust import run_checks
 
     checks = run_checks(run, names)
-    if not quiet:
-        for check in checks:
-            click.echo(f"trust: {check.line()}", err=True)
+    for check in checks:
+        progress.say(f"trust: {check.line()}")
     return [check.model_dump() for check in checks]
 
 
@@ -308,7 +311,7 @@ def run(
         settings = (*settings, f"attribute.enabled={str(attribute).lower()}")
     config = resolve(RunConfig, None, config_file, settings, {})
     path = run_pipeline(config, out, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
-    lines, facts = _verdict(out / "compare")
+    lines, facts = _verdict(out / "compare", progress_of(progress_mode, quiet))
     print_result(as_json, "\n".join([*lines, f"report: {path}"]), report=path, **facts)
 
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from fastdiff import rundir
 from fastdiff.cli import cli, main
 from fastdiff.config import CompareConfig, RunConfig, TrainConfig
+from fastdiff.results.trust import Check
 
 FASTDIFF = Path(sys.executable).parent / "fastdiff"
 STAGES = ["extract", "train", "attribute", "analyze", "annotate", "compare"]
@@ -172,6 +173,7 @@ class TestPrecedence:
         def pipeline(config, out, progress, **options):
             seen.append(config)
             rundir.write_json(out / "compare" / "verdict.json", verdict)
+            rundir.write_json(out / "compare" / "statistics.json", {"schema": 1, "runs": [{"name": "r", "path": "."}]})
             return out / "report.html"
 
         monkeypatch.setattr("fastdiff.pipeline.run_pipeline", pipeline)
@@ -179,7 +181,8 @@ class TestPrecedence:
         # compare has only comments, as in a template whose lines are all commented out
         file.write_text("extract: {base: a, tuned: b, dataset: [x]}\ntrain: {k: 5}\ncompare:\n  # alpha: 0.1\n")
         code, out, err = fastdiff("run", "-c", file, "-o", tmp_path / "r", "--set", "train.dict-size=64")
-        assert (code, out, err) == (0, f"base→tuned: a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n", "")
+        assert (code, out) == (0, f"base→tuned: a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n")
+        assert err.startswith("trust in base→tuned: Of 7 checks ") and len(err.splitlines()) == 8
         assert (seen[-1].train.k, seen[-1].train.dict_size, seen[-1].compare) == (5, 64, CompareConfig())
 
 
@@ -293,8 +296,12 @@ class TestRefusals:
 class TestOutput:
     def test_json_is_one_document_on_stdout(self, fastdiff, trained, tmp_path):
         code, out, err = fastdiff("train", tmp_path / "acts", "-o", tmp_path / "run", "--json")
-        assert (code, err) == (0, "")
-        assert json.loads(out) == {
+        # how far the result can be trusted is said in both
+        said = json.loads(out)
+        trust = said.pop("trust")
+        assert code == 0 and [check["name"] for check in trust] == ["reconstruction", "sinks", "seeds"]
+        assert err.splitlines() == [f"trust: {Check(**check).line()}" for check in trust]
+        assert said == {
             "schema": 1,
             "run": str(tmp_path / "run"),
             "crosscoder": str(tmp_path / "run" / "crosscoder"),
@@ -310,7 +317,8 @@ class TestOutput:
 
         monkeypatch.setattr("fastdiff.crosscoder.train.train_seeds", train)
         command = ["train", tmp_path / "acts", "-o", tmp_path / "run"]
-        assert fastdiff(*command) == (0, f"{tmp_path / 'run'}\n", "half way\n")
+        code, out, err = fastdiff(*command)
+        assert (code, out) == (0, f"{tmp_path / 'run'}\n") and err.startswith("half way\ntrust: reconstruction: ")
         for silent in (["-q"], ["--progress", "off"]):
             assert fastdiff(*command, *silent) == (0, f"{tmp_path / 'run'}\n", "")
 

@@ -1,8 +1,8 @@
 """What the activations alone say of a category, without a word about behaviour.
 
     norm ratio   sqrt(Σ‖x_tuned‖² / Σ‖x_base‖²) over the category's rows in use: whether its activations grew
-    lean         to which model the latents that are labelled with the category lean, by a rank test of their unmatched
-                 energy (see `fastdiff.analysis.scaling.unmatched_energy`)
+    lean         to which model the latents of the category lean, by a rank test of their unmatched energy
+                 (see `fastdiff.analysis.scaling.unmatched_energy`)
 
 Neither tells what a model does: on real models a lean was right about as often as a coin.
 """
@@ -12,51 +12,69 @@ import math
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
-from fastdiff.annotation.annotate import read_labels
 from fastdiff.comparison.verdict import LabelledLatents, lean_rows, leans
 from fastdiff.errors import InputError
 from fastdiff.results.analysis import read_analysis_summary
 from fastdiff.results.verdict import Verdict
 
-# a latent that fires on fewer tokens has no place in a rank test
-_LEAST_COUNT = 10
+LEAST_LIFT = 2.0
+LEAST_FIRINGS = 10
+LEAST_DOCUMENTS = 3
 
 
 def activation_rows(run: Path, *, alpha: float) -> list[Verdict]:
-    """A row per category with its lean and its norm ratio, and nothing else.
+    """A row per category of a run's text with its lean and its norm ratio, and nothing else.
 
     Raises:
-        InputError: The analysis or its labels are missing, or of a version that did not measure this.
+        InputError: The analysis is missing, damaged, or of a version that did not measure this.
     """
-    summary, path = read_analysis_summary(run), run / "analysis" / "latents.csv"
+    summary, directory = read_analysis_summary(run), run / "analysis"
+    # sources of the same category are one category; a data set without categories is its own
     names = [source["category"] or source["dataset"] for source in summary["sources"]]
-    categories = sorted(set(names))
-    with path.open(encoding="utf-8", newline="") as file:
+    if not names:
+        return []
+    with (directory / "latents.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    if "energy_by_source" not in summary or (rows and "unmatched" not in rows[0]):
-        raise InputError(f"{path}: of an earlier version, without `unmatched`; run `fastdiff analyze {run}` again")
-    number = {category: i for i, category in enumerate(categories)}
-    labels = {latent: number.get(label.category, -1) for latent, label in read_labels(run).items()}
-    known = [row for row in rows if int(row["count"]) >= _LEAST_COUNT and row["unmatched"] not in ("", "nan")]
-    seed = LabelledLatents(
-        unmatched=np.array([float(row["unmatched"]) for row in known]),
-        labels=np.array([labels.get(int(row["latent"]), -1) for row in known], np.int64),
+    if "energy_by_source" not in summary or "unmatched" not in rows[0]:
+        raise InputError(f"{directory}: of an earlier version of fastdiff; run `fastdiff analyze {run}` again")
+    categories = sorted(set(names))
+    member = np.array([[name == category for category in categories] for name in names], dtype=np.int64)
+    fired = load_file(directory / "firing.safetensors")
+    labels = token_labels(
+        fired["count_by_source"] @ member,
+        fired["documents_by_source"] @ member,
+        np.array(summary["tokens_by_source"]) @ member,
     )
-    return lean_rows(leans([seed], categories, alpha=alpha), norm_ratios(summary, categories))
+    unmatched = np.array([float(row["unmatched"] or "nan") for row in rows])
+    unmatched[[int(row["count"]) < LEAST_FIRINGS for row in rows]] = math.nan
+    energy = np.array(summary["energy_by_source"], dtype=np.float64).T @ member
+    ratios = [math.sqrt(tuned / base) if base > 0 else None for base, tuned in energy.T]
+    return lean_rows(leans([LabelledLatents(unmatched, labels)], categories, alpha=alpha), ratios)
 
 
-def norm_ratios(summary: dict[str, list[dict[str, str]]], categories: list[str]) -> list[float | None]:
-    """Of each category; None where base has no energy there.
+def token_labels(
+    firings: NDArray[np.int64], documents: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The category on whose tokens each latent fires most often, against all other tokens.
 
     Args:
-        summary: `summary.json` of the analysis.
-        categories: Their names.
+        firings: [latents, categories] tokens on which a latent fires.
+        documents: [latents, categories] documents in which it does.
+        tokens: [categories] tokens in all.
+
+    Returns:
+        [latents] index of the category; -1 for a latent with fewer than 10 firings, a lift below 2, or fewer than 3
+        documents of the category.
     """
-    names = [source["category"] or source["dataset"] for source in summary["sources"]]
-    energy = np.array(summary["energy_by_source"], np.float64).reshape(-1, 2)
-    found: list[float | None] = []
-    for category in categories:
-        base, tuned = energy[[name == category for name in names]].sum(axis=0)
-        found.append(math.sqrt(tuned / base) if base > 0 else None)
-    return found
+    total = firings.sum(axis=1, keepdims=True)
+    others = tokens.sum() - tokens
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside, outside = firings / tokens, (total - firings) / others
+    lift = np.nan_to_num(inside) / np.maximum(np.nan_to_num(outside), 1e-12)
+    best = lift.argmax(axis=1)
+    at = np.arange(len(best))
+    named = (total[:, 0] >= LEAST_FIRINGS) & (lift[at, best] >= LEAST_LIFT) & (documents[at, best] >= LEAST_DOCUMENTS)
+    return np.where(named, best, -1).astype(np.int64)

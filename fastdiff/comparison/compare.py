@@ -371,7 +371,8 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
     ):
         if chosen:
             listed = "; ".join(
-                f"{d.category} ({d.count_b}/{b.total} against {d.count_a}/{a.total} latents, q = {d.q:.1g})"
+                f"{d.category} ({d.count_b}/{b.total} against {d.count_a}/{a.total} latents, q = {d.q:.1g}"
+                f"{f'; its {composition}' if (composition := d.composition) else ''})"
                 for d in chosen
             )
             sentences.append(f"{words[0].upper()}{words[1:]}: {listed}.")

@@ -177,7 +177,14 @@ def _difference(first: RunEvidence, second: RunEvidence, config: CompareConfig, 
             raise OptionError(
                 f"{first.name} and {second.name}: no scored document is in both; extract both over one text"
             )
-    return _decided(rows, of, config, tau, name=of.name, kind="difference", runs=[first, second])
+    decided = _decided(rows, of, config, tau, name=of.name, kind="difference", runs=[first, second])
+    alone = sorted({row.category for row in first.categories} ^ {row.category for row in second.categories})
+    if unchecked is not None or not alone:
+        return decided
+    # no row of its own says so
+    said = f"In one run only, so not compared: {', '.join(alone)}."
+    last = " ".join([*decided.sentences[-1:], said])
+    return decided.model_copy(update={"sentences": [*decided.sentences[:-1], last]})
 
 
 def _decided(

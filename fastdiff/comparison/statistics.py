@@ -49,6 +49,15 @@ class Difference:
         """Share of the category in B; NaN for an empty set."""
         return self.count_b / self.total_b if self.total_b else math.nan
 
+    @property
+    def composition(self) -> str | None:
+        """What a share hides: it can fall while the category has more latents, since all shares sum to one."""
+        if self.delta_points < 0 and self.count_b > self.count_a:
+            return "share fell while the count rose"
+        if self.delta_points > 0 and self.count_b < self.count_a:
+            return "share rose while the count fell"
+        return None
+
 
 def wilson(count: int, total: int, confidence: float) -> tuple[float, float]:
     """Wilson score interval of a share, in [0, 1]. Source: Wilson 1927."""

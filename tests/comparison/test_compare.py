@@ -5,7 +5,9 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from scipy import stats
 
 from fastdiff import rundir
@@ -412,7 +414,10 @@ def test_a_category_of_the_text_that_no_latent_stands_for_is_in_the_table(tmp_pa
     run = fake_run(tmp_path / "r", SAME)
     path = run / "analysis" / "summary.json"
     sources = [{"dataset": "d", "category": "poetry"}, {"dataset": "d", "category": None}]
-    energy = {"energy_by_source": [[1.0, 1.0]] * len(sources)}
+    energy = {"energy_by_source": [[1.0, 1.0]] * len(sources), "tokens_by_source": [9] * len(sources)}
+    n = len((run / "analysis" / "latents.csv").read_text().splitlines()) - 1
+    fired = np.zeros((n, len(sources)), np.int64)
+    save_file({"count_by_source": fired, "documents_by_source": fired}, run / "analysis" / "firing.safetensors")
     rundir.write_json(path, rundir.read_json(path, 1) | {"sources": sources} | energy)
     done = rundir.read_json(run / "analysis" / "DONE.json", 1)
     rundir.finish(run / "analysis", "analyze", {}, done["inputs"], OUTPUTS)
@@ -434,3 +439,14 @@ def test_runs_at_different_layers_or_of_unknown_models_are_not_triangulated(tmp_
     rundir.finish(runs[1] / "annotate", "annotate", {}, outputs, ["labels.jsonl"])
     with pytest.raises(OptionError, match="layers or hooks"):
         compare(runs, tmp_path / "out", CONFIG)
+
+
+def test_a_share_that_falls_while_the_count_rises_is_said_beside_it(tmp_path):
+    latents = [("base", "code", 30), ("base", "law", 10), ("tuned", "code", 40), ("tuned", "law", 160)]
+    run = fake_run(tmp_path / "r", latents)
+    compare([run], run, CONFIG)
+    more, less = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+    assert "code (40/200 against 30/40 latents, q = " in less and less.endswith(
+        "; its share fell while the count rose)."
+    )
+    assert "the count" not in more

@@ -221,3 +221,19 @@ def test_a_real_difference_is_found():
         a, b = rng.binomial(150, 0.1), rng.binomial(150, 0.35)
         found += compare(int(a), 150, int(b), 150).q < 0.05
     assert found >= 48
+
+
+@pytest.mark.parametrize(
+    ("a", "n_a", "b", "n_b", "wanted"),
+    [
+        (10, 20, 15, 90, "share fell while the count rose"),
+        (15, 90, 10, 20, "share rose while the count fell"),
+        (10, 20, 10, 90, None),
+        (10, 90, 15, 90, None),
+        (10, 20, 5, 20, None),
+        (0, 0, 5, 20, None),
+    ],
+)
+def test_a_share_that_moves_against_its_count_is_composition(a, n_a, b, n_b, wanted):
+    (found,) = compare_shares({"c": a}, n_a, {"c": b}, n_b, confidence=0.95)
+    assert found.composition == wanted
