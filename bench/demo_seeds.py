@@ -52,6 +52,9 @@ MAX_CPU_SECONDS = 240
 MAX_GB = 3.0
 MIN_SPREAD = 0.5
 
+# kinds of cells in which a claim is false whatever its sign
+_UNPLANTED = ("unchanged", "lacking")
+
 Result = dict[str, Any]
 
 
@@ -166,7 +169,7 @@ def problems(result: Result) -> list[str]:
             found.append(f"{recovered} of {total} {'pair changes' if pairs else 'triangle cells'}, wanted {wanted}")
     for what, cells in (
         ("not recovered", named(result, ("planted",), wrong=True)),
-        ("false claim", named(result, ("unchanged", "lacking", "drifted"), wrong=True)),
+        ("false claim", named(result, (*_UNPLANTED, "drifted"), wrong=True)),
         ("changed unplanned", named(result, ("drifted",), wrong=False)),
         ("null 1 confirms", result["null_1"]),
         ("null 2 confirms", result["null_2"]),
@@ -185,18 +188,19 @@ def problems(result: Result) -> list[str]:
 
 def seeds_table(results: list[Result]) -> str:
     """One line per seed."""
-    head = ["seed", "pair changes", "triangle cells", "false claims, of cells", "changed unplanned", "null 1", "null 2"]
+    head = ["seed", "pair changes", "triangle cells", "false claims in unplanted cells"]
+    head += ["changed unplanned, and of these confirmed", "null 1", "null 2"]
     head += ["median latent fires in, it and simpo", "CPU s", "wall s", "peak GB"]
     lines = []
     for result in results:
-        unplanted = ("unchanged", "lacking", "drifted")
-        false, cells = (len(named(result, unplanted, wrong=wrong)) for wrong in (True, False))
+        false, cells = (len(named(result, _UNPLANTED, wrong=wrong)) for wrong in (True, False))
+        drifted = [c for c in result["cells"] if c["kind"] == "drifted"]
         lines.append(
             [
                 str(result["seed"]),
                 *("{} of {}".format(*planted(result, pairs=pairs)) for pairs in (True, False)),
                 f"{false} of {cells}",
-                str(len(named(result, ("drifted",), wrong=False))),
+                f"{len(drifted)}, {sum(c['verdict'] == 'confirmed' for c in drifted)}",
                 *(str(len(result[null])) for null in ("null_1", "null_2")),
                 ", ".join(f"{result['spread'][name]:.0%}" for name in PAIRS),
                 f"{result['cpu_seconds']:.0f}",
@@ -236,7 +240,8 @@ def main() -> None:
     counts = "Null 1: `it` with two seeds; null 2: base and base trained further; categories confirmed. "
     counts += "CPU and wall seconds and memory of `fastdiff demo` in a process of its own, one thread. "
     counts += "B on the models alone: median and range over the seeds, in nats per token of the answers. "
-    counts += "Unchanged: |B| < 0.05; lacking: no model beats chance, so B is of nothing; drifted: neither."
+    counts += "Unchanged: |B| < 0.05; lacking: no model beats chance, so B is of nothing; drifted: neither, so the "
+    counts += "models did change there though nothing was planted."
     parts = [counts, "## Seeds", seeds_table(results), "## Cells", cells_table(results)]
     command = ["python", "-P", "bench/demo_seeds.py", *sys.argv[1:]]
     Page("The demo over seeds: planted truth and nulls", parts, missed, results).publish(arguments.results, command)
