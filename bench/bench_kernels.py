@@ -12,10 +12,12 @@ Indented rows are others' code on the same data; "ours is faster by" is their ti
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -31,7 +33,7 @@ from kernel_case import Case, Measure
 from fastdiff.benchmark.ceilings import measure_ceilings
 from fastdiff.benchmark.machine import machine
 from fastdiff.benchmark.shapes import SHAPES, Shape
-from fastdiff.benchmark.table import Row, format_table, write_json
+from fastdiff.benchmark.table import format_table, write_json
 
 # inside Triton's interpreter a program costs milliseconds
 DRY = Shape("tiny", 5, 2, 12, 40, 3)
@@ -53,7 +55,10 @@ def main() -> None:
     parser.add_argument("--rivals", type=Path, help="folder that holds sparsify and what it needs")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, to see that everything runs")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--resume", action="store_true", help="keep the operations that --out holds already")
     options = parser.parse_args()
+    if options.resume and not options.out:
+        parser.error("--resume needs --out")
     if options.rivals:
         sys.path.append(str(options.rivals))
     if not options.dry_run and not torch.cuda.is_available():
@@ -61,23 +66,30 @@ def main() -> None:
     device = torch.device("cpu" if options.dry_run else "cuda")
     shapes = [DRY] if options.dry_run else [SHAPES[name] for name in options.config]
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    rows: list[Row] = []
-    facts = {"machine": machine(device), "ceilings": {}}
+    before: dict[str, Any] = {"rows": [], "done": [], "ceilings": {}}
+    if options.resume and options.out.exists():
+        before = json.loads(options.out.read_text())
+    rows, done = list(before["rows"]), list(before["done"])
+    facts = {"machine": machine(device), "ceilings": before["ceilings"]}
     for shape in shapes:
+        left = [name for name in options.only or BENCHMARKS if f"{shape.name} {name}" not in done]
+        if not left:
+            continue
         rates = measure_ceilings(shape, device, "bfloat16" if device.type == "cuda" else "float32")
         facts["ceilings"][shape.name] = vars(rates)
         measure = Measure(
             Case(shape, device), rates, 1 if options.dry_run else options.samples, 0 if options.dry_run else 2
         )
-        for name in options.only or BENCHMARKS:
+        for name in left:
             BENCHMARKS[name](measure)
+            done.append(f"{shape.name} {name}")
             if options.out:
-                write_json(options.out, **facts, rows=rows + measure.rows, complete=False)
+                write_json(options.out, **facts, rows=rows + measure.rows, done=done, complete=False)
         rows += measure.rows
         del measure
     print(format_table(rows))
     if options.out:
-        write_json(options.out, **facts, rows=rows, complete=True)
+        write_json(options.out, **facts, rows=rows, done=done, complete=True)
 
 
 if __name__ == "__main__":

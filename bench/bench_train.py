@@ -113,8 +113,13 @@ def on_cpu(shape: Shape, rounds: int) -> list[Row]:
 
 
 def in_processes(shapes: list[Shape], device: torch.device, options: argparse.Namespace) -> list[Row]:
-    """A process for each contestant, the important ones first, until the time is up."""
+    """A process for each contestant, the important ones first, until the time is up.
+
+    With `--resume` those that `--out` holds already are taken from there.
+    """
     deadline = time.monotonic() + options.seconds
+    before = json.loads(options.out.read_text())["rows"] if options.resume and options.out.exists() else []
+    known = {(row["shape"], row["name"], row["clip"], row["dead"]): row for row in before if "ms" in row}
     jobs = []
     for c in ON_CUDA:
         if c.side == SPARSIFY and not sparsify_is_there():
@@ -126,6 +131,9 @@ def in_processes(shapes: list[Shape], device: torch.device, options: argparse.Na
     for shape, c, dead in jobs[: options.first]:
         left = deadline - time.monotonic()
         row = {"shape": shape.name, "name": c.name, "clip": c.clip, "side": c.side, "group": c.group, "dead": dead}
+        if (shape.name, c.name, c.clip, dead) in known:
+            rows.append(known[shape.name, c.name, c.clip, dead])
+            continue
         if left < options.least_seconds:
             rows.append(row | {"note": "not run: out of time"})
             continue
@@ -263,9 +271,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4, help="of --fve; fastdiff's default")
     parser.add_argument("--rivals", type=Path, help="folder that holds sparsify and what it needs")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds already, on a GPU")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dead", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.resume and not options.out:
+        parser.error("--resume needs --out")
     if options.rivals:
         sys.path.append(str(options.rivals))
     torch.set_num_threads(options.threads)

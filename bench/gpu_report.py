@@ -1,11 +1,13 @@
 """For bench/gpu.sh: the machine and its ceilings as JSON, and one table of everything that was measured.
 
 python -P bench/gpu_report.py machine --config A B --commit HASH --out FILE
+python -P bench/gpu_report.py passed FILE     what pytest -v said has passed, as arguments that leave it out
 python -P bench/gpu_report.py table DIR
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,36 @@ def write_machine(options: argparse.Namespace) -> None:
 def print_table(folder: Path) -> None:
     """What is there; what is missing is said."""
     found = {}
-    for name in ("machine", "kernels", "train"):
-        path = folder / f"gpu-{name}.json"
-        if path.exists():
-            found[name] = json.loads(path.read_text())
-        else:
-            print(f"{path.name} is missing: see gpu-log.txt")
+    for path in sorted(folder.glob("gpu-*.json")):
+        found[path.stem.removeprefix("gpu-")] = json.loads(path.read_text())
+    for name in ("machine", "kernels"):
+        if name not in found:
+            print(f"gpu-{name}.json is not there: run that part of bench/gpu.sh, or see gpu-log.txt")
+    measured = [name for name in found if name == "kernels" or name.startswith("train")]
     if "machine" in found:
         facts = found["machine"]
         print(", ".join(f"{key} {value}" for key, value in facts["machine"].items()) + f", commit {facts['commit']}")
         for name, rates in facts["ceilings"].items():
             print(f"{SHAPES[name]}: " + "; ".join(Ceilings(**rates).lines()))
-    rows = [row for name in ("kernels", "train") for row in found.get(name, {}).get("rows", [])]
+    rows = [row for name in measured for row in found[name]["rows"]]
     if rows:
         columns = (*COLUMNS[:-1], ("ratio_previous", "with previous", "{:.2f}"), COLUMNS[-1])
         print("\n" + format_table(rows, columns) + "\n")
-    for name in ("kernels", "train"):
-        if name in found and not found[name]["complete"]:
-            print(f"gpu-{name}.json was cut off")
-    for line in found.get("train", {}).get("missed", []):
-        print(f"missed: {line}")
+    for name in measured:
+        if not found[name]["complete"]:
+            print(f"gpu-{name}.json was cut off: run the same part again, and it goes on from there")
+        for line in found[name].get("missed", []):
+            print(f"missed: {line}")
+
+
+def print_passed(path: Path) -> None:
+    """A line `--deselect=ID` per test that has passed, with and without xdist's worker before it."""
+    if path.exists():
+        text = path.read_text(errors="replace")
+        for before, after in re.findall(
+            r"^(?:\[gw\d+\] .*?PASSED (\S.*?)|(\S.*?) PASSED)\s*(?:\[ *\d+%\])?$", text, re.M
+        ):
+            print(f"--deselect={before or after}")
 
 
 def main() -> None:
@@ -62,6 +74,9 @@ def main() -> None:
     command.add_argument("--commit", default="unknown")
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(run=write_machine)
+    command = commands.add_parser("passed")
+    command.add_argument("path", type=Path)
+    command.set_defaults(run=lambda options: print_passed(options.path))
     command = commands.add_parser("table")
     command.add_argument("folder", type=Path)
     command.set_defaults(run=lambda options: print_table(options.folder))

@@ -126,28 +126,48 @@ def test_reconstruction_is_compared_after_training(tmp_path):
     assert done.returncode == bool(wrong) and all(f"missed: {name}" in done.stderr for name in wrong)
 
 
-def test_gpu_sh_runs_dry(tmp_path):
+def gpu_sh(*arguments, timeout=400):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
+    command = ["bash", ROOT / "bench" / "gpu.sh", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.slow
+def test_gpu_sh_runs_dry_and_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "results"
-    done = subprocess.run(
-        ["bash", ROOT / "bench" / "gpu.sh", "--dry-run", out],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment,
-    )
+    done = gpu_sh("--dry-run", "tests", "kernels", "steps A", "--out", out)
     log = (out / "gpu-log.txt").read_text()
     assert done.returncode == 0, done.stdout + log
     assert sorted(file.name for file in out.iterdir()) == [
-        "gpu-kernels.json", "gpu-log.txt", "gpu-machine.json", "gpu-table.txt", "gpu-tests.txt", "gpu-train.json"
+        "gpu-kernels.json", "gpu-log.txt", "gpu-machine.json", "gpu-table.txt", "gpu-tests.txt", "gpu-train-A.json"
     ]  # fmt: skip
     facts = json.loads((out / "gpu-machine.json").read_text())
     assert {"torch", "triton", "device"} <= set(facts["machine"]) and re.match("[0-9a-f]{7}|unknown", facts["commit"])
     kernels = json.loads((out / "gpu-kernels.json").read_text())
     assert kernels["complete"] and all(r["repeats"] for r in kernels["rows"] if "repeats" in r)
-    train = json.loads((out / "gpu-train.json").read_text())
+    train = json.loads((out / "gpu-train-A.json").read_text())
     assert train["rows"][0]["name"] == "fastdiff" and train["rows"][0]["repeats"] is True
     table = (out / "gpu-table.txt").read_text()
     assert "decode_loss" in table and "fastdiff" in table and table in done.stdout
-    assert " passed" in (out / "gpu-tests.txt").read_text()
+    passed = re.search(r"(\d+) passed", (out / "gpu-tests.txt").read_text())
+    assert passed and int(passed[1]) > 1
+    # as if it had been killed: one operation and one contestant are missing, everything else is kept as it is
+    kernels["rows"][0]["ms"] = train["rows"][0]["ms"] = 1234.5
+    missing = kernels["done"].pop()
+    kernels["rows"] = [r for r in kernels["rows"] if not r["name"].startswith(missing.split()[-1])]
+    (out / "gpu-kernels.json").write_text(json.dumps(kernels | {"complete": False}))
+    (out / "gpu-train-A.json").write_text(json.dumps(train | {"rows": train["rows"][:1], "complete": False}))
+    done = gpu_sh("--dry-run", "tests", "kernels", "steps A", "--out", out)
+    assert done.returncode == 0, done.stdout + (out / "gpu-log.txt").read_text()[-2000:]
+    again = json.loads((out / "gpu-kernels.json").read_text())
+    assert again["rows"][0]["ms"] == 1234.5 and again["done"][-1] == missing and again["complete"]
+    rows = json.loads((out / "gpu-train-A.json").read_text())["rows"]
+    assert rows[0]["ms"] == 1234.5 and [r["name"] for r in rows] == [r["name"] for r in train["rows"]]
+    assert f"{passed[1]} deselected" in (out / "gpu-tests.txt").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [[], ["steps"], ["--dry-run", "step A"]])
+def test_gpu_sh_names_its_parts(arguments):
+    done = gpu_sh(*arguments)
+    assert done.returncode == 2 and "'steps A'" in done.stderr and done.stderr.count("\n") == 1
