@@ -77,11 +77,13 @@ class Job:
     Attributes:
         extract: Options of `fastdiff extract`.
         train: Options of `fastdiff train`, the baseline of all recipes.
+        attribute: Options of `fastdiff attribute`.
         truth: Documents per category whose cross entropy is measured for the truth; None: all.
     """
 
     extract: Options
     train: Options
+    attribute: Options
     truth: int | None
 
 
@@ -89,11 +91,13 @@ JOBS = {
     "job.sh": Job(
         {"ctx_len": 160, "max_tokens": 140_000, "batch_size": 64, "dtype": "float32", "device": "cpu"},
         {"dict_size": 512, "k": 12, "steps": 500, "batch_size": 1024, "lr": 1e-3, "decay_steps": 200},
+        {},
         None,
     ),
     "job_sm.sh": Job(
         {"ctx_len": 64, "max_tokens": 50_000, "batch_size": 16, "device": "cpu"},
         {"dict_size": 1024, "k": 20, "steps": 1000, "batch_size": 512, "lr": 1e-3, "decay_steps": 400},
+        {"minutes": 0, "behaviour_documents": 40},
         40,
     ),
 }
@@ -204,7 +208,7 @@ def stage_commands(pair: Pair, recipe: str, bench: Bench) -> dict[str, list[str]
     return {
         "extract": ["extract", *models, *text, *settings(pair.job.extract), "-o", store],
         "train": ["train", store, "--seeds", seeds, *settings(train), "-o", run],
-        "attribute": ["attribute", run, *settings({"device": "cpu"} | bench.attribute)],
+        "attribute": ["attribute", run, *settings({"device": "cpu"} | pair.job.attribute | bench.attribute)],
         "analyze": ["analyze", run, *settings({"train_seed": bench.seeds[0], "device": "cpu"})],
         "annotate": ["annotate", run],
         "compare": ["compare", run],

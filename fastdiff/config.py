@@ -306,6 +306,12 @@ class AttributeConfig(StageConfig):
     behaviour_documents: PositiveInt = Field(
         200, description="Documents of each category on which both models are scored; at least as many as above."
     )
+    minutes: float = Field(
+        10,
+        ge=0,
+        allow_inf_nan=False,
+        description="If tracing is predicted to take longer, 12 documents of each category are traced. 0: never fewer.",
+    )
     tau: float = Field(0.05, gt=0, description="Smallest change that counts, in nats per token.")
     tuned: str = Field(
         "1",

@@ -5,6 +5,7 @@ documents. Both models are opened again; all seeds of the run share their passes
 they were is "not checked", with the reason and what to do about it, and everything else goes on without.
 """
 
+import math
 import resource
 import time
 from collections.abc import Iterable, Sequence
@@ -52,8 +53,7 @@ _CALLER = "fastdiff attribute"
 # midpoints of the integral: a category takes more until its parts sum to L within this share
 _STEPS = (3, 6, 12)
 _GAP = 0.03
-# with a longer prediction fewer documents of each category are taken
-_MOST_SECONDS = 600.0
+# documents of each category where more would take too long
 _FEWER_DOCUMENTS = 12
 # of the time of a document with nats, what scoring it alone takes: 2 forward passes of about 22
 _SCORING_SHARE = 2 / 22
@@ -364,13 +364,14 @@ class _Stage:
         rest = self._n_tokens(self._documents) - self._n_tokens(places)
         seconds = per_token * (self._n_tokens(places) + _SCORING_SHARE * rest)
         fewer = ""
-        if seconds > _MOST_SECONDS and self._config.documents > _FEWER_DOCUMENTS:
+        most = 60 * self._config.minutes or math.inf
+        if seconds > most and self._config.documents > _FEWER_DOCUMENTS:
             behaviour = np.array(list(self._documents), np.int64)
             places = self._choice.take(_FEWER_DOCUMENTS, behaviour)
             rest = self._n_tokens(self._documents) - self._n_tokens(places)
             fewer = (
                 f", with {_FEWER_DOCUMENTS} documents a category instead of {self._config.documents}, "
-                f"which would take {_minutes(seconds)}"
+                f"which would take {_minutes(seconds)} (--minutes 0 takes them all)"
             )
             seconds = per_token * (self._n_tokens(places) + _SCORING_SHARE * rest)
         self._progress.say(

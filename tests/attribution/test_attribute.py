@@ -143,14 +143,16 @@ def test_no_categories_are_data_sets_and_that_is_said(inputs, tmp_path):
 
 def test_a_long_prediction_takes_fewer_documents(runs, monkeypatch, tmp_path):
     _, run = runs(fresh=tmp_path / "run")
-    monkeypatch.setattr(module, "_MOST_SECONDS", 0.0)
     monkeypatch.setattr(module, "_FEWER_DOCUMENTS", 3)
     said = Said()
-    attribute(run, CONFIG, said)
+    attribute(run, CONFIG.model_copy(update={"minutes": 1e-9}), said)
     found = read_attribution(run / "attribution")
     assert found.summary.documents_with_nats == {"pets": 3, "sums": 3}
     assert found.summary.documents == {"pets": 12, "sums": 12} and found.summary.too_short == 1
     assert "with 3 documents a category instead of 40, which would take" in said.lines[0]
+    # 0 never takes fewer
+    attribute(run, CONFIG.model_copy(update={"minutes": 0}), said)
+    assert read_attribution(run / "attribution").summary.documents_with_nats == {"pets": 12, "sums": 12}
 
 
 def refusals():
