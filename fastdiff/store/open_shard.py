@@ -259,6 +259,9 @@ class OpenShard:
         write_at(self._fd, data[start:], offset + start)
 
     def _write_part(self, name: str, values: NDArray[Any], start: int, stop: int) -> None:
+        # rows are also put here between two commits, to be read back; and a view of no rows of `norms` has no bytes
+        if start == stop:
+            return
         # a row of `norms` has several values
         write_at(self._fd, values[start:stop].data, self._offsets[name] + start * values.strides[0])
 

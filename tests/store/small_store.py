@@ -18,18 +18,21 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import h5py
 import numpy as np
 import torch
 
-from fastdiff.store import open_shard
+from fastdiff.store import left_out, open_shard
 from fastdiff.store import writer as writer_module
 from fastdiff.store.writer import StoreWriter
 
 N, D = 1000, 128
 SHARD_ROWS = 333
 STEP = 47
+# long before the end, within the second shard: what is in use is known from there on
+MAX_NORM, ROWS_OF_MEDIAN = 1.1, 400
 META = {"models": ["a", "b"], "roles": ["text", "bos"]}
 
 
@@ -60,7 +63,8 @@ def write(path: Path, *, resume: bool = True, commit_every: int = 0, stop_at: in
     """
     values, columns = rows()
     options = {"n_rows": N, "n_models": 2, "d_model": D, "dtype": "bfloat16", "shard_rows": SHARD_ROWS, "meta": META}
-    with StoreWriter(path, resume=resume, **(options | changes)) as writer:
+    options |= {"max_norm": MAX_NORM, **changes}
+    with patch.object(left_out, "ROWS_OF_MEDIAN", ROWS_OF_MEDIAN), StoreWriter(path, resume=resume, **options) as writer:
         first = writer.n_appended
         for number, start in enumerate(range(first, N, STEP)):
             if start >= stop_at:

@@ -44,15 +44,34 @@ def activations(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return rows.to(dtype)
 
 
-def write(path: Path, max_norm: float, *, dtype: str = "bfloat16", with_bos: bool = True, piece: int = N) -> Path:
+class Stopped(BaseException):
+    """Ends a writer as Ctrl-C would."""
+
+
+def write(
+    path: Path,
+    max_norm: float,
+    *,
+    dtype: str = "bfloat16",
+    with_bos: bool = True,
+    piece: int = N,
+    resume: bool = False,
+    stop_at: int = N,
+    commit: bool = False,
+) -> Path:
+    """Write the store, or continue it; `Stopped` once it has `stop_at` rows, with `commit` all of them on disk."""
     meta = {"models": ["a", "b"], "roles": ROLES, "sources": [{"dataset": "d"}]}
     rows, side = activations(getattr(torch, dtype)), columns(with_bos=with_bos)
     with StoreWriter(
-        path, n_rows=N, n_models=M, d_model=D, dtype=dtype, shard_rows=40, meta=meta, max_norm=max_norm
+        path, n_rows=N, n_models=M, d_model=D, dtype=dtype, shard_rows=40, meta=meta, max_norm=max_norm, resume=resume
     ) as writer:
-        for start in range(0, N, piece):
+        for start in range(writer.n_appended, N, piece):
+            if start >= stop_at:
+                raise Stopped
             part = slice(start, start + piece)
             writer.append(rows[part], **{name: values[part] for name, values in side.items()})
+            if commit:
+                writer.commit()
     return path
 
 
@@ -100,6 +119,37 @@ def test_the_rule_is_that_of_the_definition(tmp_path: Path, dtype, max_norm, wit
         assert f"left out of use: {apart.sum()} of {len(apart)} rows" in line and "of the variance" in line
 
 
+@pytest.mark.parametrize("first", [1, 5, 30, 40, 41, 89, 90])
+@pytest.mark.parametrize("piece", [1, 7, 40, N])
+def test_rows_from_before_the_median_was_known_are_counted_once(tmp_path: Path, monkeypatch, first, piece) -> None:
+    monkeypatch.setattr(left_out, "ROWS_OF_MEDIAN", first)
+    wanted = expected(activations(), columns(with_bos=True), 1.2, first)
+    path = write(tmp_path / "s", 1.2, piece=piece)
+    assert verify_store(path).problems == []
+    used = activations().double().numpy()[wanted["used"]]
+    with ActivationStore(path) as store:
+        assert np.array_equal(store.usable_rows(), np.flatnonzero(wanted["used"]))
+        facts, stats = store.left_out_facts(), store.stats()
+    assert facts["rows"] == (wanted["first"] | wanted["sinks"]).sum() and facts["position_0"] == wanted["first"].sum()
+    assert stats.n_rows == len(used)
+    assert np.allclose(stats.mean, used.mean(axis=0), rtol=1e-12, atol=1e-12)
+    assert np.allclose(stats.variance, used.var(axis=0).sum(axis=-1), rtol=1e-12)
+
+
+# before the median is known, as it becomes so within a shard and at its end, and never before the end
+@pytest.mark.parametrize("first", [5, 30, 35, 50_000])
+@pytest.mark.parametrize("commit", [False, True])
+def test_a_store_that_was_cut_off_anywhere_has_the_same_bytes(tmp_path: Path, monkeypatch, first, commit) -> None:
+    monkeypatch.setattr(left_out, "ROWS_OF_MEDIAN", first)
+    whole = {file.name: file.read_bytes() for file in write(tmp_path / "whole", 1.2, piece=8).iterdir()}
+    for stop_at in range(8, N, 8):
+        path = tmp_path / str(stop_at)
+        with pytest.raises(Stopped):
+            write(path, 1.2, piece=8, stop_at=stop_at, commit=commit)
+        write(path, 1.2, piece=8, resume=True)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == whole, stop_at
+
+
 def test_a_store_without_norms_is_measured_and_gives_the_same(tmp_path: Path) -> None:
     path = write(tmp_path / "s", 3.0)
     with ActivationStore(path) as store:
@@ -130,6 +180,15 @@ def test_the_median_is_of_the_first_rows_that_are_not_bos(monkeypatch) -> None:
         medians.add(norms[start : start + 4], bos[start : start + 4])
     assert medians.complete
     assert medians.result() == np.median(norms[~bos][:10], axis=0).tolist()
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 16, 31, 576])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_are_those_of_numpy_at_every_width(width, dtype) -> None:
+    rows = torch.randn(5, 3, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+    exact = np.linalg.norm(rows.double().numpy(), axis=-1)
+    # rounded once, from a sum that is right to a few units of float64
+    assert np.allclose(norms_of(rows).astype(np.float64), exact, rtol=2.0**-24 * 1.01, atol=0)
 
 
 def test_norms_are_summed_in_float64_and_survive_values_whose_squares_do_not() -> None:
