@@ -38,12 +38,12 @@ from measure import device, versions
 
 from fastdiff import rundir
 from fastdiff.analysis.firing import Firing
-from fastdiff.annotation.annotate import read_labels
-from fastdiff.annotation.baseline import UNINTERPRETABLE, Activity, annotate_baseline
+from fastdiff.annotation.baseline import Activity, annotate_baseline
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.seeds import store_of
 from fastdiff.crosscoder.train import directory_of
 from fastdiff.results.analysis import read_analysis_summary
+from fastdiff.results.labels import UNINTERPRETABLE, read_labels
 from fastdiff.store.reader import ActivationStore
 
 SHOWN = 8

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from fastdiff.analysis.classes import delta_norm
-from fastdiff.annotation.annotate import read_labels
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.extraction.models import find_layers
+from fastdiff.results.labels import read_labels
 from fastdiff.store.reader import ActivationStore
 
 DRAWS = 5  # of latents by chance; their effects are averaged

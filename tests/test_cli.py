@@ -170,10 +170,14 @@ class TestPrecedence:
         comparisons = [{**pair, "sentences": ["a sentence"]}]
         verdict = {"schema": 1, "tau": 0.05, "alpha": 0.05, "confidence": 0.95, "comparisons": comparisons}
 
+        runs = [{"name": "r", "path": ".", "base": "a", "tuned": "b"}]
+        statistics = {"schema": 2, "kind": "pair", "alpha": 0.05, "confidence": 0.95, "runs": runs, "comparisons": []}
+        statistics |= {"verdict": [], "method": ""}
+
         def pipeline(config, out, progress, **options):
             seen.append(config)
             rundir.write_json(out / "compare" / "verdict.json", verdict)
-            rundir.write_json(out / "compare" / "statistics.json", {"schema": 1, "runs": [{"name": "r", "path": "."}]})
+            rundir.write_json(out / "compare" / "statistics.json", statistics)
             return out / "report.html"
 
         monkeypatch.setattr("fastdiff.pipeline.run_pipeline", pipeline)

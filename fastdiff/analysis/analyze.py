@@ -1,7 +1,7 @@
 """The analysis stage: one pass over the store measures every latent; then the chosen ones get examples.
 
 <run>/analysis/
-    latents.csv          one row per latent; `COLUMNS` says what each column means
+    latents.csv          one row per latent; `results.analysis.LATENT_COLUMNS` says what each column means
     summary.json         counts by class, `left_out` (rows out of use besides BOS), quality on held-out rows, Δ_norm
                          histogram, how many latents other seeds have too, `splice` (see there), what the columns mean
     firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64; float64
@@ -17,8 +17,6 @@ at least half of the seeds have, "exclusive": latents of one model (by class or 
 "exclusive_stable": among the stable}.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,39 +44,10 @@ from fastdiff.crosscoder.train import directory_of
 from fastdiff.device import resolve_device
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.results.analysis import SUMMARY, SUMMARY_SCHEMA
+from fastdiff.results.analysis import LATENT_COLUMNS, LATENTS, SUMMARY, SUMMARY_SCHEMA, write_latents
 from fastdiff.results.nats import LatentNats, read_latent_nats
 from fastdiff.store.reader import ActivationStore
 
-COLUMNS = {
-    "latent": "index in the dictionary",
-    "class": "by delta_norm only: tuned_only > 0.9, base_only < 0.1, shared 0.4 to 0.6, else other",
-    "delta_norm": "½((‖W_dec tuned‖ - ‖W_dec base‖)/max + 1): 0 only base, 0.5 equal, 1 only tuned",
-    "cosine": "between the two decoder rows",
-    "nu_error": "β_base/β_tuned of the error along the tuned row (delta_norm >= 0.5), else β_tuned/β_base along the "
-    "base row: about 0 = the other model lacks it, about 1 = it has it",
-    "nu_reconstruction": "the same for the reconstruction",
-    "nu_activation": "the same for the activation",
-    "norm_base": "‖W_dec base‖",
-    "norm_tuned": "‖W_dec tuned‖",
-    "frequency": "share of tokens on which it fires",
-    "count": "tokens on which it fires",
-    "max_activation": "largest f·(norm_base + norm_tuned)",
-    "label": "empty here; annotate/labels.jsonl has it",
-    "category": "empty here; annotate/labels.jsonl has it",
-    "specific": "model that alone has it by latent scaling, its class not being shared: tuned, base or empty",
-    "beta_error_base": "β of the base model's error along the direction that nu_error uses",
-    "beta_error_tuned": "β of the tuned model's error along it",
-    "beta_reconstruction_base": "β of the base model's reconstruction along it",
-    "beta_reconstruction_tuned": "β of the tuned model's reconstruction along it",
-    "beta_activation_base": "β of the base model's activation along it",
-    "beta_activation_tuned": "β of the tuned model's activation along it",
-    "unmatched": "energy that only tuned has of it minus what only base has, over all: -1 only base … 1 only tuned",
-    "mean_activation": "mean of f·(norm_base + norm_tuned) over the tokens on which it fires",
-    "top_tokens": "JSON list of the tokens on which it fires most strongly, one per document, no token twice",
-    "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
-    "other seeds, or if it fired on none of the tokens compared",
-}
 # tensors of firing.safetensors, attributes of `Firing`
 TABLES = {
     "count_by_source": "by_source",
@@ -88,7 +57,7 @@ TABLES = {
     "squares_by_source": "squares_by_source",
     "peaks_by_source": "peaks_by_source",
 }
-OUTPUTS = ["latents.csv", SUMMARY, "firing.safetensors", "examples.sqlite"]
+OUTPUTS = [LATENTS, SUMMARY, "firing.safetensors", "examples.sqlite"]
 # share of the cards that show latents both models have, as a control for the reader and the annotator
 _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
@@ -129,7 +98,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         others, hashes = comparable(run, finished, config.train_seed, inputs["store"], progress)
         nats, attributed = read_latent_nats(run, config.train_seed, inputs["model"])
         # an analysis by a version that wrote other tables is not up to date
-        inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json([TABLES, COLUMNS]))}
+        inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json([TABLES, LATENT_COLUMNS]))}
         stage = lock.stage(target, "analyze", settings, inputs, OUTPUTS)
         if stage.up_to_date():
             progress.say(f"analyze: {target} is up to date")
@@ -180,7 +149,7 @@ def _analyze(
         context=config.context,
         batch_size=config.batch_size,
     )
-    rundir.write_text(target / "latents.csv", _csv(table))
+    write_latents(target.parent, table)
     with rundir.atomic_path(target / "firing.safetensors") as temporary:
         save_file({name: getattr(firing, of) for name, of in TABLES.items()}, temporary)
     delta, fired = table["delta_norm"], firing.count > 0
@@ -212,7 +181,7 @@ def _analyze(
                 "nu_error_max": config.nu_error_max,
                 "nu_reconstruction_max": config.nu_reconstruction_max,
             },
-            "columns": COLUMNS,
+            "columns": LATENT_COLUMNS,
         },
     )
     classes = ", ".join(f"{(table['class'][fired] == name).sum()} {name}" for name in CLASSES)
@@ -439,19 +408,3 @@ def _splice(
     for line in found.lines():
         progress.say(f"analyze: {line}")
     return found.facts()
-
-
-def _csv(table: dict[str, np.ndarray]) -> str:
-    assert list(table) == list(COLUMNS)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(table)
-    for row in zip(*table.values(), strict=True):
-        writer.writerow([_cell(value) for value in row])
-    return out.getvalue()
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, np.floating):
-        return f"{value:.9g}" if np.isfinite(value) else ""
-    return str(value)

@@ -1,8 +1,5 @@
 """The annotation stage: analysis → `<run>/annotate/labels.jsonl`, one JSON object per labelled latent."""
 
-import csv
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +7,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fastdiff import rundir
-from fastdiff.annotation.baseline import NO_CATEGORY, UNINTERPRETABLE, Activity, Label, annotate_baseline
+from fastdiff.annotation.baseline import NO_CATEGORY, Activity, annotate_baseline
 from fastdiff.config import AnnotateConfig
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.results.analysis import read_analysis_summary
+from fastdiff.results.analysis import read_analysis_summary, read_latents, top_tokens
+from fastdiff.results.labels import LABELS, UNINTERPRETABLE, Label, write_labels
 
 
 def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> Path:
@@ -36,30 +34,16 @@ def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> 
     settings = config.model_dump()
     with rundir.locked(run) as lock:
         inputs = dict(rundir.require_done(analysis, f"fastdiff analyze {run}")["outputs"])
-        stage = lock.stage(target, "annotate", settings, inputs, ["labels.jsonl"])
+        stage = lock.stage(target, "annotate", settings, inputs, [LABELS])
         if stage.up_to_date():
             progress.say(f"annotate: {target} is up to date")
             return target
         with stage:
             labels = _baseline(run, config)
-            lines = [json.dumps(asdict(label), ensure_ascii=False) + "\n" for label in labels]
-            rundir.write_text(target / "labels.jsonl", "".join(lines))
+            write_labels(run, labels)
         unclear = sum(label.category == UNINTERPRETABLE for label in labels)
         progress.say(f"annotate: {len(labels)} latents labelled, {unclear} of them as of {NO_CATEGORY}")
     return target
-
-
-def read_labels(run: Path) -> dict[int, Label]:
-    """The labels of a run, by latent.
-
-    Raises:
-        InputError: `annotate` has not run, or its file has changed.
-    """
-    rundir.require_done(run / "annotate", f"fastdiff annotate {run}")
-    text = (run / "annotate" / "labels.jsonl").read_text(encoding="utf-8")
-    # not splitlines, which also splits at U+0085 and U+2028, and tokens hold those
-    labels = [Label(**json.loads(line)) for line in text.split("\n") if line]
-    return {label.latent: label for label in labels}
 
 
 def _baseline(run: Path, config: AnnotateConfig) -> list[Label]:
@@ -68,13 +52,12 @@ def _baseline(run: Path, config: AnnotateConfig) -> list[Label]:
     names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]
     categories = sorted(set(names))
     member = np.array([[name == category for category in categories] for name in names], dtype=np.int64)
-    with (analysis / "latents.csv").open(encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f))
+    latents = read_latents(run)
     return annotate_baseline(
         _activity(analysis, np.array(summary["documents_by_source"])).merged(member),
         categories,
-        np.array([int(row["count"]) for row in rows]),
-        [json.loads(row["top_tokens"]) for row in rows],
+        latents.numbers("count").astype(np.int64),
+        top_tokens(run, latents),
         min_count=config.min_count,
         min_lift=config.min_lift,
         # a row of the verdict shows them, so they are labelled however rare

@@ -25,26 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from fastdiff.results.labels import UNINTERPRETABLE, Label
+
 NAME = "baseline-2"
-UNINTERPRETABLE = "uninterpretable"
 # how a label begins that names no category
 NO_CATEGORY = "no one category"
 _CHANCE = 0.05
 _LEAST_DOCUMENTS = 3
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Label:
-    """What an annotator says of one latent."""
-
-    latent: int
-    label: str
-    category: str
-    confidence: float
-    annotator: str
-    top_tokens: list[str]
 
 
 @dataclass(frozen=True)

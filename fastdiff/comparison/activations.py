@@ -7,7 +7,6 @@
 Neither tells what a model does: on real models a lean was right about as often as a coin.
 """
 
-import csv
 import math
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.numpy import load_file
 
 from fastdiff.comparison.verdict import LabelledLatents, lean_rows, leans
 from fastdiff.errors import InputError
-from fastdiff.results.analysis import read_analysis_summary
+from fastdiff.results.analysis import read_analysis_summary, read_latents
 from fastdiff.results.verdict import Verdict
 
 LEAST_LIFT = 2.0
@@ -36,10 +35,9 @@ def activation_rows(run: Path, *, alpha: float) -> list[Verdict]:
     names = [source["category"] or source["dataset"] for source in summary["sources"]]
     if not names:
         return []
-    with (directory / "latents.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if "energy_by_source" not in summary or "unmatched" not in rows[0]:
+    if "energy_by_source" not in summary:
         raise InputError(f"{directory}: of an earlier version of fastdiff; run `fastdiff analyze {run}` again")
+    latents = read_latents(run)
     categories = sorted(set(names))
     member = np.array([[name == category for category in categories] for name in names], dtype=np.int64)
     fired = load_file(directory / "firing.safetensors")
@@ -48,8 +46,7 @@ def activation_rows(run: Path, *, alpha: float) -> list[Verdict]:
         fired["documents_by_source"] @ member,
         np.array(summary["tokens_by_source"]) @ member,
     )
-    unmatched = np.array([float(row["unmatched"] or "nan") for row in rows])
-    unmatched[[int(row["count"]) < LEAST_FIRINGS for row in rows]] = math.nan
+    unmatched = np.where(latents.numbers("count") >= LEAST_FIRINGS, latents.numbers("unmatched"), math.nan)
     energy = np.array(summary["energy_by_source"], dtype=np.float64).T @ member
     ratios = [math.sqrt(tuned / base) if base > 0 else None for base, tuned in energy.T]
     return lean_rows(leans([LabelledLatents(unmatched, labels)], categories, alpha=alpha), ratios)

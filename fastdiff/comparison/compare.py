@@ -9,7 +9,6 @@ gained over the base is compared with what the other did, and likewise what each
     <dir>/compare/statistics.json     its sides, totals, sentences and method
 """
 
-import csv
 import math
 import os
 from collections import Counter
@@ -19,27 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import rundir
-from fastdiff.annotation.annotate import read_labels
-from fastdiff.annotation.baseline import UNINTERPRETABLE
 from fastdiff.comparison.activations import activation_rows
 from fastdiff.comparison.evidence import attribution_inputs, run_evidence, verdict_file
 from fastdiff.comparison.statistics import Difference, compare_shares
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.results.analysis import read_analysis_summary
-from fastdiff.results.statistics import STATISTICS, STATISTICS_SCHEMA
+from fastdiff.results.analysis import read_analysis_summary, read_latents
+from fastdiff.results.labels import UNINTERPRETABLE, UNLABELLED, read_labels, require_labelled
+from fastdiff.results.statistics import CATEGORIES, CATEGORY_NUMBERS, CATEGORY_TEXT, STATISTICS, STATISTICS_SCHEMA
 from fastdiff.results.verdict import write as write_verdict
 
-COLUMNS = (
-    *("comparison", "category", "side_a", "side_b"),
-    *("count_a", "total_a", "share_a", "count_b", "total_b", "share_b"),
-    *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
-    *("p", "q", "mass_a", "mass_b", "significant"),
-)
-OUTPUTS = ["categories.csv", "statistics.json", "verdict.json"]
-_UNLABELLED = "unlabelled"
-_NO_CATEGORY = (UNINTERPRETABLE, _UNLABELLED)
+COLUMNS = (*CATEGORY_TEXT, *CATEGORY_NUMBERS)
+OUTPUTS = [CATEGORIES, STATISTICS, "verdict.json"]
+_NO_CATEGORY = (UNINTERPRETABLE, UNLABELLED)
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,7 @@ class Comparison:
     more: str  # what it means that B has more of a category
     less: str
     differences: list[Difference]
+    runs: list[str]  # whose latents are compared
 
 
 def compare(
@@ -138,7 +131,7 @@ def compare(
         with stage:
             sides = [_exclusive(run) for run in runs]
             comparisons = _comparisons(names, facts, sides, config)
-            rundir.write_text(target / "categories.csv", _csv(comparisons, config))
+            rundir.write_text(target / CATEGORIES, _csv(comparisons, config))
             described = [
                 {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
                 for name, path, fact in zip(names, paths, facts, strict=True)
@@ -153,12 +146,9 @@ def compare(
 
 def _inputs(run: Path) -> dict[str, str]:
     """Hashes of what is compared, once it is sure that the labels are of this very analysis."""
-    analysis = rundir.require_done(run / "analysis", f"fastdiff analyze {run}")
-    annotated = rundir.require_done(run / "annotate", f"fastdiff annotate {run}")
-    if annotated["inputs"] != analysis["outputs"]:
-        raise InputError(f"{run / 'annotate'}: labels another analysis; run `fastdiff annotate {run}` again")
-    stages = {"analysis": analysis, "annotate": annotated}
-    return {f"{name}/{file}": sha for name, done in stages.items() for file, sha in done["outputs"].items()}
+    return {
+        f"{name}/{file}": sha for name, done in require_labelled(run).items() for file, sha in done["outputs"].items()
+    }
 
 
 def _null_inputs(null: str) -> dict[str, str]:
@@ -215,15 +205,14 @@ def _exclusive(run: Path) -> dict[str, LatentSet]:
     for category in known | {label.category for label in labels.values()}:
         for side in counts:  # every category is in the table, also where nothing changed
             counts[side][category] += 0
-    with (run / "analysis" / "latents.csv").open(encoding="utf-8", newline="") as f:
-        for row in csv.DictReader(f):
-            if not row["specific"]:
-                continue
-            side, latent = row["specific"], int(row["latent"])
-            category = labels[latent].category if latent in labels else _UNLABELLED
-            counts[side][category] += 1
-            weight = int(row["count"]) * float(row["mean_activation"])
-            mass[side][category] = mass[side].get(category, 0.0) + weight
+    latents = read_latents(run)
+    weights = latents.numbers("count") * latents.numbers("mean_activation")
+    for latent, side in enumerate(latents.text("specific")):
+        if not side:
+            continue
+        category = labels[latent].category if latent in labels else UNLABELLED
+        counts[side][category] += 1
+        mass[side][category] = mass[side].get(category, 0.0) + float(weights[latent])
     return {side: LatentSet(side, counts[side], mass[side]) for side in counts}
 
 
@@ -242,6 +231,7 @@ def _comparisons(
                 f"gained from {base} to {tuned}",
                 f"lost from {base} to {tuned}",
                 config,
+                [name],
             )
         )
     if len(names) == 2:
@@ -256,13 +246,21 @@ def _comparisons(
                     f"{kind} more by {names[1]} than by {names[0]}",
                     f"{kind} less by {names[1]} than by {names[0]}",
                     config,
+                    names,
                 )
             )
     return found
 
 
 def _compare_sets(
-    name: str, a: LatentSet, b: LatentSet, explanation: str, more: str, less: str, config: CompareConfig
+    name: str,
+    a: LatentSet,
+    b: LatentSet,
+    explanation: str,
+    more: str,
+    less: str,
+    config: CompareConfig,
+    runs: list[str],
 ) -> Comparison:
     differences = compare_shares(
         dict(a.counts),
@@ -272,7 +270,7 @@ def _compare_sets(
         confidence=config.confidence,
         untested=_NO_CATEGORY,
     )
-    return Comparison(name, a, b, explanation, more, less, differences)
+    return Comparison(name, a, b, explanation, more, less, differences, runs)
 
 
 def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
@@ -330,12 +328,13 @@ def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], confi
         "comparisons": [
             {
                 "name": c.name,
+                "runs": c.runs,
                 "side_a": c.a.name,
                 "side_b": c.b.name,
                 "total_a": c.a.total,
                 "total_b": c.b.total,
-                "unlabelled_a": c.a.counts[_UNLABELLED] + c.a.counts[UNINTERPRETABLE],
-                "unlabelled_b": c.b.counts[_UNLABELLED] + c.b.counts[UNINTERPRETABLE],
+                "unlabelled_a": c.a.counts[UNLABELLED] + c.a.counts[UNINTERPRETABLE],
+                "unlabelled_b": c.b.counts[UNLABELLED] + c.b.counts[UNINTERPRETABLE],
                 "n_categories": _n_categories(c),
                 "explanation": c.explanation,
             }

@@ -4,7 +4,6 @@ A directory of kind `pair` is one run; one of kind `triangulated` holds only `co
 Formats are those of the stages that write them; a file that does not fit is refused by name.
 """
 
-import csv
 import json
 import math
 import shlex
@@ -24,19 +23,24 @@ from fastdiff.reporting.schema import (
     Card,
     Example,
     Findings,
-    Label,
     Point,
     Run,
-    RunName,
-    Statistics,
     Summary,
-    Table,
     Truth,
 )
-from fastdiff.results.analysis import SUMMARY, read_analysis_summary
+from fastdiff.results.analysis import SUMMARY, read_analysis_summary, read_latents, top_tokens
 from fastdiff.results.attribution import DIRECTORY as ATTRIBUTION
+from fastdiff.results.labels import read_labels, require_labelled
 from fastdiff.results.nats import read_latent_nats
-from fastdiff.results.statistics import STATISTICS, STATISTICS_SCHEMA, TRUTH_SCHEMA
+from fastdiff.results.statistics import (
+    CATEGORIES,
+    CATEGORY_NUMBERS,
+    CATEGORY_TEXT,
+    TRUTH_SCHEMA,
+    ComparedRun,
+    read_statistics,
+)
+from fastdiff.results.table import Table, read_table
 from fastdiff.results.verdict import read as read_verdict
 
 T = TypeVar("T", bound=BaseModel)
@@ -44,20 +48,8 @@ T = TypeVar("T", bound=BaseModel)
 # a curve is drawn with at most this many points
 _CURVE_POINTS = 300
 
-LATENT_TEXT = ("class", "label", "category", "specific")
-_LATENT_NUMBERS = (
-    *("latent", "delta_norm", "cosine", "nu_error", "nu_reconstruction", "nu_activation"),
-    *("norm_base", "norm_tuned", "frequency", "count", "max_activation"),
-)
 _TOKENS = TypeAdapter(list[str])
 _ACTIVATIONS = TypeAdapter(list[Annotated[float, Field(allow_inf_nan=False)]])
-
-CATEGORY_TEXT = ("comparison", "category", "side_a", "side_b")
-_CATEGORY_NUMBERS = (
-    *("count_a", "total_a", "share_a", "count_b", "total_b", "share_b"),
-    *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
-    *("p", "q", "mass_a", "mass_b", "significant"),
-)
 
 
 def read_findings(directory: Path) -> Findings:
@@ -68,13 +60,13 @@ def read_findings(directory: Path) -> Findings:
     """
     compare = directory / "compare"
     if not (compare / rundir.DONE).exists() and (directory / "crosscoder").exists():
-        _require_run(directory)
+        require_labelled(directory)
     stages = {"compare": rundir.require_done(compare, f"fastdiff compare {directory}")}
     if "verdict.json" not in stages["compare"]["outputs"]:
         # of a version that decided by counts of latents alone
         raise InputError(f"{compare}: has no verdict.json; run the same `fastdiff compare` again")
-    statistics = _parsed(Statistics, compare / STATISTICS, STATISTICS_SCHEMA, "fastdiff compare")
-    table = _read_csv(compare / "categories.csv", (*CATEGORY_TEXT, *_CATEGORY_NUMBERS))
+    statistics = read_statistics(compare)
+    table = read_table(compare / CATEGORIES, (*CATEGORY_TEXT, *CATEGORY_NUMBERS))
     runs = [_read_run(directory / name.path, name) for name in statistics.runs]
     compared = {
         f"{run.name}/{stage}/{file}": sha
@@ -97,7 +89,7 @@ def read_findings(directory: Path) -> Findings:
         statistics=statistics,
         verdict=read_verdict(compare / "verdict.json"),
         category_table=table,
-        categories=_category_rows(compare / "categories.csv", table),
+        categories=_category_rows(compare / CATEGORIES, table),
         truth=_parsed(Truth, truth_path, TRUTH_SCHEMA, "fastdiff demo") if truth_path.exists() else None,
         runs=runs,
         stages=stages,
@@ -105,16 +97,8 @@ def read_findings(directory: Path) -> Findings:
     )
 
 
-def _require_run(path: Path) -> dict[str, dict[str, Any]]:
-    analysis = rundir.require_done(path / "analysis", f"fastdiff analyze {path}")
-    annotated = rundir.require_done(path / "annotate", f"fastdiff annotate {path}")
-    if annotated["inputs"] != analysis["outputs"]:
-        raise InputError(f"{path / 'annotate'}: labels another analysis; run `fastdiff annotate {path}` again")
-    return {"analysis": analysis, "annotate": annotated}
-
-
-def _read_run(path: Path, name: RunName) -> Run:
-    stages = _require_run(path)
+def _read_run(path: Path, name: ComparedRun) -> Run:
+    stages = require_labelled(path)
     seed = stages["analysis"]["config"].get("train_seed", 0)
     attributed = path / ATTRIBUTION / rundir.DONE
     if attributed.exists():
@@ -125,7 +109,7 @@ def _read_run(path: Path, name: RunName) -> Run:
         if stages["analysis"]["inputs"]["model"] != stages["crosscoder"]["outputs"]["model.safetensors"]:
             raise InputError(f"{path / 'analysis'}: of another crosscoder; run `fastdiff analyze {path}` again")
     commands, versions = _read_manifest(path)
-    latents = _read_latents(path / "analysis" / "latents.csv")
+    latents = read_latents(path)
     cards = _read_cards(path / "analysis" / "examples.sqlite")
     unknown = [card.latent for card in cards if not 0 <= card.latent < len(latents.rows)]
     if unknown:
@@ -142,11 +126,11 @@ def _read_run(path: Path, name: RunName) -> Run:
         tuned=name.tuned,
         summary=_validated(Summary, read_analysis_summary(path), path / "analysis" / SUMMARY),
         latents=latents,
-        labels=_read_labels(path / "annotate" / "labels.jsonl"),
+        labels=read_labels(path),
         cards=cards,
         seed=seed,
         nats=nats,
-        top_tokens=_top_tokens(path / "analysis" / "latents.csv", latents),
+        top_tokens=top_tokens(path, latents),
         curves=_read_curves(path / "events.jsonl", seed),
         settings=_read_settings(path / "fastdiff.yaml"),
         stages=stages,
@@ -168,51 +152,12 @@ def _validated(model: type[T], value: Any, where: object) -> T:
         raise InputError(f"{where}: {field}: {first['msg']}; run the stage that wrote it again") from error
 
 
-def _read_csv(path: Path, wanted: tuple[str, ...]) -> Table:
-    try:
-        with path.open(encoding="utf-8", newline="") as f:
-            table = list(csv.reader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as CSV ({error})") from error
-    header = table[0] if table else []
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]!r}; run the stage that wrote it again")
-    for i, row in enumerate(table[1:], start=2):
-        if len(row) != len(header):
-            raise InputError(f"{path}: line {i} has {len(row)} cells, the header {len(header)}")
-    return Table(header, table[1:])
-
-
-def _read_latents(path: Path) -> Table:
-    latents = _read_csv(path, (*LATENT_TEXT, *_LATENT_NUMBERS))
-    # analyses of older versions have no stability
-    for name in (*_LATENT_NUMBERS, *(name for name in latents.columns if name == "stability")):
-        try:
-            latents.numbers(name)
-        except ValueError as error:
-            raise InputError(f"{path}: column {name}: {error}") from error
-    if latents.text("latent") != [str(i) for i in range(len(latents.rows))]:
-        raise InputError(f"{path}: row i must be latent i")
-    return latents
-
-
-def _top_tokens(path: Path, latents: Table) -> list[list[str]]:
-    """By latent; the column is JSON, and a table without it has none."""
-    if "top_tokens" not in latents.columns:
-        return [[] for _ in latents.rows]
-    try:
-        return [_TOKENS.validate_python(json.loads(cell or "[]")) for cell in latents.text("top_tokens")]
-    except ValueError as error:
-        raise InputError(f"{path}: column top_tokens: {str(error).splitlines()[0]}") from error
-
-
 def _category_rows(path: Path, table: Table) -> list[dict[str, Any]]:
     """One dict per row: text, and numbers where they are finite."""
     rows = []
     for line, row in enumerate(table.rows, start=2):
         values: dict[str, Any] = dict(zip(table.columns, row, strict=True))
-        for name in _CATEGORY_NUMBERS:
+        for name in CATEGORY_NUMBERS:
             try:
                 number = float(values[name]) if values[name] else math.nan
             except ValueError as error:
@@ -229,11 +174,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 yield i, json.loads(line)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON lines ({error})") from error
-
-
-def _read_labels(path: Path) -> dict[int, Label]:
-    labels = (_validated(Label, value, f"{path}: line {i}") for i, value in _json_lines(path))
-    return {label.latent: label for label in labels}
 
 
 def _read_cards(path: Path) -> list[Card]:

@@ -1,12 +1,10 @@
 """The data that the page's script draws latent cards from.
 
     {"schema": 1, "runs": [name, …], "natsOf": [[category, …] per run], "rows": [[[category, [latent, …]], …] per run],
-     "vocabulary": [token, …], "names": [data set or category, …],
-     "latents": [[run, latent, why, class, specific, category, label, confidence, annotator,
-                  delta_norm, cosine, nu_error, nu_reconstruction, nu_activation, norm_base, norm_tuned,
-                  frequency, count, max_activation, [top token, …], [example, …], stability, [nats, …]], …]}
+     "vocabulary": [token, …], "names": [data set or category, …], "fields": [name, …], "latents": [[value, …], …]}
     example = [document, position, data set, category, activation, peak, [token, …], [index, value, …]]
 
+`fields` names the values of a latent: columns of latents.csv, what its label says, and `examples`, `nats`.
 `rows` are the verdict's, each with its latents, most nats first; a latent's nats are in the order of its run's
 `natsOf`, none where the run was not attributed. Tokens are indices into `vocabulary` (the most frequent first, so that
 indices are short), data sets and categories into `names`; activations are sparse. Everything is text that can be seen
@@ -21,14 +19,18 @@ import math
 from collections import Counter
 from typing import Any
 
-import numpy as np
-
-from fastdiff.reporting.schema import Card, Example, Label, Run
+from fastdiff.reporting.schema import Card, Example, Run
 from fastdiff.reporting.text import visible
+from fastdiff.results.labels import Label
 
+# columns of latents.csv that a card shows
 _NUMBERS = (
-    *("delta_norm", "cosine", "nu_error", "nu_reconstruction", "nu_activation"),
-    *("norm_base", "norm_tuned", "frequency", "count", "max_activation"),
+    *("delta_norm", "cosine", "nu_error", "nu_reconstruction", "norm_base", "norm_tuned"),
+    *("frequency", "count", "max_activation", "stability"),
+)
+FIELDS = (
+    *("run", "latent", "why", "class", "specific", "category", "label", "confidence", "annotator"),
+    *(*_NUMBERS, "top_tokens", "examples", "nats"),
 )
 # integers beyond this are not exact in JavaScript
 _EXACT = 2**53
@@ -63,13 +65,12 @@ def island(runs: list[Run], rows: list[dict[str, list[int]]]) -> dict[str, Any]:
         "latents": [row for i, run in enumerate(runs) for row in _rows(i, run, vocabulary, names)],
         "vocabulary": [visible(token) for token in vocabulary],
         "names": list(names),
+        "fields": list(FIELDS),
     }
 
 
 def _rows(i: int, run: Run, vocabulary: dict[str, int], names: dict[str, int]) -> list[list[Any]]:
     numbers = {name: run.latents.numbers(name) for name in _NUMBERS}
-    compared = "stability" in run.latents.columns
-    stability = run.latents.numbers("stability") if compared else np.full(len(run.latents.rows), np.nan)
     kind, specific = run.latents.text("class"), run.latents.text("specific")
 
     def row(card: Card) -> list[Any]:
@@ -80,7 +81,6 @@ def _rows(i: int, run: Run, vocabulary: dict[str, int], names: dict[str, int]) -
             *(_short(float(numbers[name][card.latent])) for name in _NUMBERS),
             [vocabulary[token] for token in run.top_tokens[card.latent]],
             [_example(example, vocabulary, names) for example in card.examples],
-            _short(float(stability[card.latent])),
             [] if run.nats is None else [_short(float(value)) for value in run.nats.nats[:, card.latent]],
         ]
 

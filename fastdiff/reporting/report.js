@@ -2,18 +2,15 @@
 // Latent browser and downloads. Text from data reaches the page through textContent only.
 (() => {
   const PAGE = 20, SHOWN = 3, LEVELS = 8;
-  const FIELDS = ["run", "latent", "why", "kind", "specific", "category", "label", "confidence", "annotator",
-    "delta", "cosine", "nuError", "nuReconstruction", "nuActivation", "normBase", "normTuned",
-    "frequency", "count", "max", "top", "examples", "stability", "nats"];
   const SIDES = [["", "all"], ["tuned", "specific to tuned"], ["base", "specific to base"], ["shared", "shared (sample)"],
     ["nats", "not specific, by nats"]];
   const PARTS = 12, NONE = "uninterpretable";
   const SORTS = [
-    ["Δ norm, most tuned first", (l) => -(l.delta ?? -1)],
-    ["Δ norm, most base first", (l) => l.delta ?? 2],
+    ["Δ norm, most tuned first", (l) => -(l.delta_norm ?? -1)],
+    ["Δ norm, most base first", (l) => l.delta_norm ?? 2],
     ["frequency", (l) => -(l.frequency ?? 0)],
-    ["largest activation", (l) => -(l.max ?? 0)],
-    ["ν error, smallest first", (l) => Math.abs(l.nuError ?? 99)],
+    ["largest activation", (l) => -(l.max_activation ?? 0)],
+    ["ν error, smallest first", (l) => Math.abs(l.nu_error ?? 99)],
     ["latent number", (l) => l.latent],
   ];
   const $ = (id) => document.getElementById(id);
@@ -56,7 +53,7 @@
 
   function haystack(l) {
     // built at the first search: 2,000 cards are 3 MB of text
-    l.text ??= [l.label, ofCategory(l), l.latent, ...l.top.map((t) => data.vocabulary[t]),
+    l.text ??= [l.label, ofCategory(l), l.latent, ...l.top_tokens.map((t) => data.vocabulary[t]),
       ...l.examples.map((e) => e[6].map((t) => data.vocabulary[t]).join(""))].join("\n").toLowerCase();
     return l.text;
   }
@@ -144,20 +141,20 @@
     const head = el("div", "head", title,
       el("p", "label", l.label || "unlabelled"),
       l.label ? el("p", "meta", `${sure}${l.annotator ? `, by ${l.annotator}` : ""}`) : null);
-    if (l.top.length) {
+    if (l.top_tokens.length) {
       const chips = el("p", "tops", el("span", "meta", "Top tokens "));
-      for (const t of l.top) chips.append(el("code", "", data.vocabulary[t].replace(/^ +| +$/g, (s) => "␣".repeat(s.length))), " ");
+      for (const t of l.top_tokens) chips.append(el("code", "", data.vocabulary[t].replace(/^ +| +$/g, (s) => "␣".repeat(s.length))), " ");
       head.append(chips);
     }
     const carried = nats(l);
     if (carried) head.append(carried);
     const numbers = el("dl", "numbers",
-      el("div", "", el("dt", "", "Δ norm"), el("dd", "", short(l.delta), el("span", "scale", "base ", gauge(l.delta), " tuned"))),
-      measure("ν error", short(l.nuError)), measure("ν reconstruction", short(l.nuReconstruction)),
-      measure("cosine", short(l.cosine)), measure("class", l.kind.replace("_", " ")),
+      el("div", "", el("dt", "", "Δ norm"), el("dd", "", short(l.delta_norm), el("span", "scale", "base ", gauge(l.delta_norm), " tuned"))),
+      measure("ν error", short(l.nu_error)), measure("ν reconstruction", short(l.nu_reconstruction)),
+      measure("cosine", short(l.cosine)), measure("class", l.class.replace("_", " ")),
       measure("frequency", percent(l.frequency)), measure("fires on", `${short(l.count)} tokens`),
-      measure("largest", short(l.max)),
-      measure("norms", `${short(l.normBase)}, ${short(l.normTuned)}`),
+      measure("largest", short(l.max_activation)),
+      measure("norms", `${short(l.norm_base)}, ${short(l.norm_tuned)}`),
       l.stability === null ? null : measure("in other seeds", percent(l.stability)));
     const box = el("article", `card ${l.why}`, el("div", "side-by", head, numbers));
     l.examples.slice(0, SHOWN).forEach((e) => box.append(example(l, e)));
@@ -261,7 +258,7 @@
     data = JSON.parse(await decode($("island").textContent));
     latents = data.latents.map((row) => {
       const l = Object.create(null);
-      FIELDS.forEach((name, i) => { l[name] = row[i]; });
+      data.fields.forEach((name, i) => { l[name] = row[i]; });
       return l;
     });
     options($("f-run"), [["", "all"], ...data.runs.map((name, i) => [String(i), name])]);

@@ -1,14 +1,15 @@
 """The shapes of what the report reads: files of earlier stages, and a run put together from them."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from fastdiff.results.labels import Label
 from fastdiff.results.nats import LatentNats
+from fastdiff.results.statistics import Statistics
+from fastdiff.results.table import Table
 from fastdiff.results.verdict import VerdictFile
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
@@ -16,38 +17,6 @@ Number = Annotated[float, Field(allow_inf_nan=False)] | None
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-
-class RunName(_Model):
-    """A run as `statistics.json` names it; `path` is relative to the reported directory."""
-
-    name: str
-    path: str
-    base: str
-    tuned: str
-
-
-class Comparison(_Model):
-    """One family of category tests."""
-
-    name: str
-    side_a: str
-    side_b: str
-    total_a: int
-    total_b: int
-    explanation: str = ""
-
-
-class Statistics(_Model):
-    """`compare/statistics.json`."""
-
-    kind: Literal["pair", "triangulated"]
-    alpha: float
-    confidence: float
-    runs: list[RunName]
-    comparisons: list[Comparison]
-    verdict: list[str]
-    method: str = ""
 
 
 class Quality(_Model):
@@ -99,16 +68,6 @@ class Summary(_Model):
     delta_norm_histogram: Histogram
     thresholds: Thresholds
     stability: Stability | None = None
-
-
-class Label(_Model):
-    """One line of `annotate/labels.jsonl`."""
-
-    latent: int
-    label: str
-    category: str
-    confidence: Number = None
-    annotator: str = ""
 
 
 class Behaviour(_Model):
@@ -177,23 +136,6 @@ class Card:
     latent: int
     why: str
     examples: list[Example]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A CSV file: text as it stands there. In `analysis/latents.csv` row i is latent i."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-    def text(self, name: str) -> list[str]:
-        """One column as text."""
-        i = self.columns.index(name)
-        return [row[i] for row in self.rows]
-
-    def numbers(self, name: str) -> np.ndarray:
-        """One column as float64 (F,); empty cells are NaN."""
-        return np.array([float(cell) if cell else math.nan for cell in self.text(name)], dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastdiff.reporting import charts
-from fastdiff.reporting.data import CATEGORY_TEXT, LATENT_TEXT
 from fastdiff.reporting.rows import RowLatent, row_href, row_latents
 from fastdiff.reporting.rows import facts as row_facts
 from fastdiff.reporting.schema import Behaviour, Findings, Run
 from fastdiff.reporting.text import SENTENCE, csv_cell, fixed, number, short_name, visible
+from fastdiff.results.analysis import LATENT_TEXT
+from fastdiff.results.labels import UNINTERPRETABLE
+from fastdiff.results.statistics import CATEGORY_TEXT
 from fastdiff.results.trust import Trusted, compared
 from fastdiff.results.verdict import Tested, Verdict, words
 
@@ -19,7 +21,6 @@ _SPECIFIC_LEAST = 30
 _UNCATEGORIZED_MOST = 0.5
 _STABLE_LEAST = 0.5
 
-UNINTERPRETABLE = "uninterpretable"
 _MARKS = {"gained": "▲", "lost": "▼"}
 
 
@@ -177,7 +178,7 @@ def category_tables(findings: Findings) -> list[dict[str, Any]]:
         tables.append(
             {
                 "comparison": comparison,
-                "run": next((i for i, run in enumerate(findings.runs) if _is_of(comparison.name, run, findings)), None),
+                "run": next((i for i, run in enumerate(findings.runs) if [run.name] == comparison.runs), None),
                 "axis": charts.forest_axis(limit),
                 "rows": [_category_row(row, limit) for row in rows],
                 "n_significant": sum(bool(row["significant"]) for row in rows),
@@ -302,12 +303,6 @@ def _uncategorized(run: Run) -> tuple[int, int, int]:
     labels = [run.labels.get(i) for i in specific]
     uninterpretable = sum(label is not None and label.category == UNINTERPRETABLE for label in labels)
     return sum(label is None for label in labels), uninterpretable, len(specific)
-
-
-def _is_of(comparison: str, run: Run, findings: Findings) -> bool:
-    """True if a comparison is that within one run, not between two."""
-    names = {run.name, f"{run.base}→{run.tuned}", f"base→{run.name}"}
-    return len(findings.runs) == 1 or comparison in names
 
 
 def _spans_zero(low: float | None, high: float | None) -> bool:

@@ -1,22 +1,98 @@
 """Files of `<dir>/compare/` beside the verdict: the paper's view of specific latents by category, the demo's truth."""
 
 from pathlib import Path
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastdiff.errors import InputError
 from fastdiff.rundir import read_json
 
+CATEGORIES = "categories.csv"
+CATEGORY_TEXT = ("comparison", "category", "side_a", "side_b")
+CATEGORY_NUMBERS = (
+    *("count_a", "total_a", "share_a", "count_b", "total_b", "share_b"),
+    *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
+    *("p", "q", "mass_a", "mass_b", "significant"),
+)
 STATISTICS = "statistics.json"
-STATISTICS_SCHEMA = 1
+STATISTICS_SCHEMA = 2
 TRUTH_SCHEMA = 1
 
 
-def compared_runs(compare: Path) -> dict[str, Path]:
-    """Run directories of a comparison by the names it gives them.
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ComparedRun(_Model):
+    """A run that was compared; `path` is relative to the directory that holds `compare/`."""
+
+    name: str
+    path: str
+    base: str
+    tuned: str
+
+
+class Family(_Model):
+    """One family of category tests: latents of side a against latents of side b.
+
+    Attributes:
+        name: As in `categories.csv`.
+        runs: Names of the runs whose latents are compared.
+        side_a: Whose latents.
+        side_b: Against these.
+        total_a: All latents of that side, whatever their label.
+        total_b: Likewise.
+        unlabelled_a: Of these, without a category.
+        unlabelled_b: Likewise.
+        n_categories: That were tested.
+        explanation: In a sentence.
+    """
+
+    name: str
+    runs: list[str]
+    side_a: str
+    side_b: str
+    total_a: int
+    total_b: int
+    unlabelled_a: int
+    unlabelled_b: int
+    n_categories: int
+    explanation: str
+
+
+class Statistics(_Model):
+    """`statistics.json`."""
+
+    schema_: Literal[2] = Field(STATISTICS_SCHEMA, alias="schema")
+    kind: Literal["pair", "triangulated"]
+    alpha: float
+    confidence: float
+    runs: list[ComparedRun]
+    comparisons: list[Family]
+    verdict: list[str]
+    method: str
+
+
+def read_statistics(compare: Path) -> Statistics:
+    """Read `statistics.json`.
 
     Args:
         compare: `<dir>/compare`.
 
     Raises:
-        InputError: `statistics.json` is missing, damaged, or of another schema.
+        InputError: It is missing, damaged, or of another schema.
     """
-    runs = read_json(compare / STATISTICS, STATISTICS_SCHEMA, "fastdiff compare")["runs"]
-    return {run["name"]: compare.parent / run["path"] for run in runs}
+    path = compare / STATISTICS
+    value: Any = read_json(path, STATISTICS_SCHEMA, "fastdiff compare")
+    try:
+        return Statistics.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {field}: {first['msg']}; run the same `fastdiff compare` again") from error
+
+
+def compared_runs(compare: Path) -> dict[str, Path]:
+    """Run directories of a comparison by the names it gives them; raises as `read_statistics`."""
+    return {run.name: compare.parent / run.path for run in read_statistics(compare).runs}

@@ -12,12 +12,13 @@ from attributions import write_nats
 from safetensors.numpy import load_file
 
 from fastdiff import rundir
-from fastdiff.analysis.analyze import COLUMNS, analyze
+from fastdiff.analysis.analyze import analyze
 from fastdiff.config import AnalyzeConfig, TrainConfig
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.train import train
 from fastdiff.demo.planted import planted_activations, recovered
 from fastdiff.errors import InputError
+from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
 

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from fastdiff.analysis import stability as module
-from fastdiff.analysis.analyze import COLUMNS, analyze
+from fastdiff.analysis.analyze import analyze
 from fastdiff.analysis.stability import match, maximum_matching, stability
 from fastdiff.config import AnalyzeConfig, TrainConfig
 from fastdiff.crosscoder.model import Crosscoder
@@ -19,6 +19,7 @@ from fastdiff.crosscoder.train import train
 from fastdiff.demo.planted import planted_activations
 from fastdiff.errors import FastdiffError, InputError
 from fastdiff.progress import Progress
+from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
 

@@ -8,11 +8,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from fastdiff import rundir
-from fastdiff.analysis.analyze import COLUMNS, OUTPUTS
-from fastdiff.annotation.annotate import annotate, read_labels
-from fastdiff.annotation.baseline import UNINTERPRETABLE
+from fastdiff.analysis.analyze import OUTPUTS
+from fastdiff.annotation.annotate import annotate
 from fastdiff.config import AnnotateConfig
 from fastdiff.errors import InputError, LockedError
+from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
+from fastdiff.results.labels import UNINTERPRETABLE, read_labels
 
 CONFIG = AnnotateConfig()
 SOURCES = [("a.jsonl", "code"), ("b.jsonl", "law"), ("b.jsonl", "code"), ("plain.txt", None)]

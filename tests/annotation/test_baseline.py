@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdiff.annotation.baseline import NAME, NO_CATEGORY, UNINTERPRETABLE, Activity, annotate_baseline
+from fastdiff.annotation.baseline import NAME, NO_CATEGORY, Activity, annotate_baseline
+from fastdiff.results.labels import UNINTERPRETABLE
 
 CATEGORIES = ["code", "law", "math"]
 

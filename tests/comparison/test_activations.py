@@ -13,6 +13,7 @@ from fastdiff.comparison.evidence import run_evidence, verdict_file
 from fastdiff.comparison.verdict import rank_z
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError
+from fastdiff.results.analysis import LATENT_COLUMNS
 from fastdiff.results.attribution import Attribution, DocumentTable, Summary, write_attribution
 from fastdiff.results.verdict import lines
 
@@ -41,10 +42,10 @@ def analysed(run, n=12, sources=("a", "b", "b"), energy=((4.0, 9.0), (1.0, 1.0),
     directory.mkdir(parents=True)
     firings = np.array([[30, 0, 0]] * n + [[0, 15, 15]] * n)
     with (directory / "latents.csv").open("w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["latent", "unmatched", "count"])
+        writer = csv.DictWriter(f, list(LATENT_COLUMNS), restval="")
+        writer.writeheader()
         for i in range(2 * n):
-            writer.writerow([i, 0.72 if i < n else 0.0008 * i, 30])
+            writer.writerow({"latent": i, "unmatched": 0.72 if i < n else 0.0008 * i, "count": 30})
     save_file({"count_by_source": firings, "documents_by_source": firings // 5}, directory / "firing.safetensors")
     facts = {"schema": 1, "tokens_by_source": [1000, 500, 500], "energy_by_source": [list(e) for e in energy]}
     facts["sources"] = [{"dataset": "d", "category": category} for category in sources]

@@ -11,11 +11,12 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from fastdiff import rundir
-from fastdiff.analysis.analyze import COLUMNS, OUTPUTS
-from fastdiff.annotation.baseline import UNINTERPRETABLE
+from fastdiff.analysis.analyze import OUTPUTS
 from fastdiff.comparison.compare import compare
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, LockedError, OptionError
+from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
+from fastdiff.results.labels import UNINTERPRETABLE
 
 CONFIG = CompareConfig()
 HEADER = (
@@ -142,16 +143,16 @@ class TestOneRun:
             assert float(row["mass_b"]) == pytest.approx(masses["tuned"][category] / masses["tuned"].total(), rel=1e-5)
 
     def test_the_verdict_names_what_changed_and_which_way(self, run):
-        gained, lost = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+        gained, lost = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
         assert gained.startswith("Gained from base to it: law (30/49 against 5/66 latents, q = ")
         assert lost.startswith("Lost from base to it: code (4/49 against 40/66 latents, q = ")
         for sentence in (gained, lost):
             assert "math" not in sentence and "unlabelled" not in sentence and "\n" not in sentence
 
     def test_statistics_say_what_was_compared(self, run):
-        found = rundir.read_json(run / "compare" / "statistics.json", 1)
+        found = rundir.read_json(run / "compare" / "statistics.json", 2)
         assert (found["schema"], found["kind"], found["alpha"], found["confidence"]) == (
-            1,
+            2,
             "pair",
             0.05,
             0.95,
@@ -171,7 +172,7 @@ def test_swapped_models_turn_gains_into_losses(tmp_path):
     other = {"base": "tuned", "tuned": "base", "": ""}
     run = fake_run(tmp_path / "r", [(other[side], category, n) for side, category, n in CHANGED])
     compare([run], run, CONFIG)
-    gained, lost = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+    gained, lost = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
     assert "Gained from base to it: code (40/66 against 4/49" in gained
     assert "Lost from base to it: law (5/66 against 30/49" in lost
 
@@ -179,7 +180,7 @@ def test_swapped_models_turn_gains_into_losses(tmp_path):
 def test_equal_sides_do_not_differ(tmp_path):
     run = fake_run(tmp_path / "r", SAME)
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
     assert sentence == ("base→tuned: no category differs beyond noise (q < 0.05, 3 categories, 40 latents against 40).")
 
 
@@ -187,7 +188,7 @@ def test_equal_sides_do_not_differ(tmp_path):
 def test_a_side_without_latents_is_said_so(tmp_path, side, empty):
     run = fake_run(tmp_path / "r", [(side, "code", 5), ("", "law", 3)])
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
     assert repr(empty) in sentence and "cannot be compared" in sentence
     row = table(run)["base→tuned", "code"]
     assert row["delta_points"] == "" and row["q"] == "1" and row["significant"] == "0"
@@ -197,13 +198,13 @@ def test_no_latents_at_all(tmp_path):
     run = fake_run(tmp_path / "r", [("", None, 3)])
     compare([run], run, CONFIG)
     assert table(run) == {}
-    assert "cannot be compared" in rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"][0]
+    assert "cannot be compared" in rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"][0]
 
 
 def test_without_any_category_nothing_is_claimed(tmp_path):
     run = fake_run(tmp_path / "r", [("base", UNINTERPRETABLE, 40), ("tuned", None, 40)])
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
     assert "the text has no categories" in sentence and "--category-field" in sentence
     assert all(row["significant"] == "0" for row in table(run).values())
 
@@ -213,7 +214,7 @@ def test_alpha_decides_what_is_significant(tmp_path):
     compare([run], run, CompareConfig(alpha=1e-30))
     assert (
         "no category differs beyond noise (q < 1e-30"
-        in rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"][0]
+        in rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"][0]
     )
 
 
@@ -244,7 +245,7 @@ def test_hostile_category_names_survive(tmp_path):
     compare([run], run, CONFIG)
     assert {category for _, category in table(run)} == set(HOSTILE)
     assert all(counts(row) == (3, 33, 3, 33) for row in table(run).values())
-    rundir.read_json(run / "compare" / "statistics.json", 1)
+    rundir.read_json(run / "compare" / "statistics.json", 2)
 
 
 IT = [
@@ -288,7 +289,7 @@ class TestTwoRuns:
 
     def test_the_verdict_has_the_right_direction(self, runs, tmp_path):
         compare(runs, tmp_path / "out", CONFIG)
-        verdict = "\n".join(rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 1)["verdict"])
+        verdict = "\n".join(rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 2)["verdict"])
         assert "Gained more by simpo than by it: code (30/52 against 5/52" in verdict
         assert "Gained less by simpo than by it: law (0/52 against 45/52" in verdict
         assert "Lost more by simpo than by it: law (50/60 against 20/60" in verdict
@@ -298,7 +299,7 @@ class TestTwoRuns:
     def test_statistics_lead_back_to_the_runs(self, runs, tmp_path):
         out = tmp_path / "deep" / "out"
         compare(runs, out, CONFIG)
-        found = rundir.read_json(out / "compare" / "statistics.json", 1)
+        found = rundir.read_json(out / "compare" / "statistics.json", 2)
         assert found["kind"] == "triangulated"
         assert [c["name"] for c in found["comparisons"]] == ["it", "simpo", "gained", "lost"]
         for described, run in zip(found["runs"], runs, strict=True):
@@ -309,7 +310,7 @@ class TestTwoRuns:
         (tmp_path / "far" / "away").mkdir(parents=True)
         (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
         compare(runs, tmp_path / "link", CONFIG)
-        paths = [run["path"] for run in rundir.read_json(tmp_path / "link" / "compare" / "statistics.json", 1)["runs"]]
+        paths = [run["path"] for run in rundir.read_json(tmp_path / "link" / "compare" / "statistics.json", 2)["runs"]]
         assert [(tmp_path / "link" / path / "analysis").is_dir() for path in paths] == [True, True]
 
     def test_runs_that_moved_are_compared_anew(self, runs, tmp_path):
@@ -317,7 +318,7 @@ class TestTwoRuns:
         (tmp_path / "new").mkdir()
         moved = [run.rename(tmp_path / "new" / run.name) for run in runs]
         compare(moved, tmp_path / "out", CONFIG)
-        assert rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 1)["runs"][0]["path"] == "../new/it"
+        assert rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 2)["runs"][0]["path"] == "../new/it"
 
     def test_names_may_be_given_and_equal_ones_are_numbered(self, runs, tmp_path):
         compare(runs, tmp_path / "out", CONFIG, names=["x", "y"])
@@ -375,7 +376,7 @@ class TestSkipping:
         compare([run], run, CONFIG)
         fake_run(run, SAME)
         compare([run], run, CONFIG)
-        assert "no category differs" in rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"][0]
+        assert "no category differs" in rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"][0]
 
 
 class TestRefusals:
@@ -445,7 +446,7 @@ def test_a_share_that_falls_while_the_count_rises_is_said_beside_it(tmp_path):
     latents = [("base", "code", 30), ("base", "law", 10), ("tuned", "code", 40), ("tuned", "law", 160)]
     run = fake_run(tmp_path / "r", latents)
     compare([run], run, CONFIG)
-    more, less = rundir.read_json(run / "compare" / "statistics.json", 1)["verdict"]
+    more, less = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
     assert "code (40/200 against 30/40 latents, q = " in less and less.endswith(
         "; its share fell while the count rose)."
     )

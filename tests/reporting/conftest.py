@@ -13,6 +13,7 @@ import yaml
 from attributions import write_nats
 
 from fastdiff import rundir
+from fastdiff.results.analysis import LATENT_COLUMNS
 
 CATEGORIES = ("code", "factual", "instruction following", "multilingual", "refusal", "self-reference")
 
@@ -80,7 +81,8 @@ TOKENS = (
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
+        columns = LATENT_COLUMNS if path.name == "latents.csv" else rows[0]
+        writer = csv.DictWriter(f, list(columns), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -328,12 +330,21 @@ def write_compare(
     }
     words = {"explanation": "Latents that only base has, against latents that only tuned has."}
     statistics = {
-        "schema": 1,
+        "schema": 2,
         "kind": kind,
         "alpha": 0.05,
         "confidence": 0.95,
         "runs": runs,
-        "comparisons": [{"name": name, **sides, **totals, **words} for name in names],
+        "comparisons": [
+            {
+                "name": name,
+                "runs": [
+                    run["name"] for run in runs if "→" not in name or kind == "pair" or name.endswith(run["name"])
+                ],
+            }
+            | {**sides, **totals, **words}
+            for name in names
+        ],
         "verdict": verdict,
         "method": "Shares per category; Newcombe intervals; Fisher's exact test; Benjamini-Hochberg.",
     }

@@ -86,26 +86,29 @@ def test_the_island_holds_every_card_with_its_numbers_and_tokens(run: Path) -> N
     by_latent = {label["latent"]: label for label in labels}
     connection = sqlite3.connect(run / "analysis/examples.sqlite")
     query = "SELECT sequence_id, position, dataset, category, activation, peak, tokens, activations FROM examples"
-    assert [row[1] for row in island["latents"]] == list(range(60))
-    for row in island["latents"]:
-        latent, wanted = row[1], table[row[1]]
-        assert row[0] == 0
-        assert row[3:5] == [wanted["class"], wanted["specific"]]
+    rows = [dict(zip(island["fields"], row, strict=True)) for row in island["latents"]]
+    assert [row["latent"] for row in rows] == list(range(60))
+    for row in rows:
+        latent, wanted = row["latent"], table[row["latent"]]
+        assert row["run"] == 0
+        assert (row["class"], row["specific"]) == (wanted["class"], wanted["specific"])
         label = by_latent.get(latent, {"label": "", "category": "", "confidence": None})
-        assert island["names"][row[5]] == label["category"]
-        assert row[6] == visible(label["label"])
-        assert row[7] == label["confidence"]
-        for name, value in zip(("delta_norm", "cosine", "nu_error"), row[9:12], strict=True):
-            assert value == pytest.approx(float(wanted[name]), rel=1e-3)
-        assert row[17] == int(wanted["count"])
-        assert [island["vocabulary"][t] for t in row[19]] == [visible(t) for t in json.loads(wanted["top_tokens"])]
+        assert island["names"][row["category"]] == label["category"]
+        assert row["label"] == visible(label["label"])
+        assert row["confidence"] == label["confidence"]
+        for name in ("delta_norm", "cosine", "nu_error"):
+            assert row[name] == pytest.approx(float(wanted[name]), rel=1e-3)
+        assert row["count"] == int(wanted["count"])
+        assert [island["vocabulary"][t] for t in row["top_tokens"]] == [
+            visible(t) for t in json.loads(wanted["top_tokens"])
+        ]
         stored = connection.execute(f"{query} WHERE latent = ? ORDER BY rank", (latent,)).fetchall()
-        assert len(row[20]) == len(stored) == 5
-        assert row[21] == 0.5
+        assert len(row["examples"]) == len(stored) == 5
+        assert row["stability"] == 0.5
         planted = {(i + 12 * k, i): (0.05 - 0.01 * k) * (-1 if i % 3 == 1 else 1) for i in range(6) for k in range(5)}
-        assert row[22] == pytest.approx([planted.get((latent, i), 1e-5) for i in range(6)], rel=1e-3)
+        assert row["nats"] == pytest.approx([planted.get((latent, i), 1e-5) for i in range(6)], rel=1e-3)
         for shown, (document, position, dataset, category, activation, peak, tokens, values) in zip(
-            row[20], stored, strict=True
+            row["examples"], stored, strict=True
         ):
             assert shown[:2] == [document, position]
             assert [island["names"][i] for i in shown[2:4]] == [dataset, category]
@@ -198,13 +201,14 @@ def test_an_analysis_without_other_seeds_says_nothing_of_them(
     summary.write_text(json.dumps(facts | {"stability": None}))
     rows = read_csv(table)
     with table.open("w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, [name for name in rows[0] if name != "stability"], extrasaction="ignore")
+        writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | {"stability": ""} for row in rows)
     settle(run, "analysis")
     page = Page(build_report(run))
     assert "other seeds" not in page.html.replace("in other seeds", "")  # the script has those words
-    assert {row[21] for row in page.island()["latents"]} == {None}
+    column = page.island()["fields"].index("stability")
+    assert {row[column] for row in page.island()["latents"]} == {None}
 
 
 def test_the_first_table_has_every_row_of_the_verdict(make_pair: Callable[..., Path], tmp_path: Path) -> None:
@@ -267,7 +271,8 @@ def test_a_run_that_was_not_attributed_has_rows_without_latents(
     settle(run, "compare")
     page = Page(build_report(run))
     assert "#row=" not in page.html.replace("`#row=", "")
-    assert {tuple(row[22]) for row in page.island()["latents"]} == {()}
+    column = page.island()["fields"].index("nats")
+    assert {tuple(row[column]) for row in page.island()["latents"]} == {()}
     assert json.loads((run / "report/report.json").read_text())["row_latents"] == []
 
 
