@@ -1,7 +1,7 @@
 """Files of `<dir>/compare/` beside the verdict: the paper's view of specific latents by category, the demo's truth."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,7 @@ CATEGORY_NUMBERS = (
     *("p", "q", "mass_a", "mass_b", "significant"),
 )
 STATISTICS = "statistics.json"
-STATISTICS_SCHEMA = 2
+STATISTICS_SCHEMA: Final = 2
 TRUTH_SCHEMA = 1
 
 
