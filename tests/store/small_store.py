@@ -64,7 +64,10 @@ def write(path: Path, *, resume: bool = True, commit_every: int = 0, stop_at: in
     values, columns = rows()
     options = {"n_rows": N, "n_models": 2, "d_model": D, "dtype": "bfloat16", "shard_rows": SHARD_ROWS, "meta": META}
     options |= {"max_norm": MAX_NORM, **changes}
-    with patch.object(left_out, "ROWS_OF_MEDIAN", ROWS_OF_MEDIAN), StoreWriter(path, resume=resume, **options) as writer:
+    with (
+        patch.object(left_out, "ROWS_OF_MEDIAN", ROWS_OF_MEDIAN),
+        StoreWriter(path, resume=resume, **options) as writer,
+    ):
         first = writer.n_appended
         for number, start in enumerate(range(first, N, STEP)):
             if start >= stop_at:
