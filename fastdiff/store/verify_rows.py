@@ -219,12 +219,13 @@ def _check_piece(
     if norms is not None and not len(bad):
         wrong = _wrong_norms(shard, data, norms[first:end])
     row = _native.first_nonfinite_row(data, shard.dtype)
-    if row < 0 and codes is None:
-        return _Piece(bad, 0, -1, wrong_norms=wrong)
     if row < 0:
-        code = codes[first:end]
-        used, left_out = (_statistics(shard, data, rows) for rows in (code == USED, (code != USED) & (code != BOS)))
-        return _Piece(bad, 0, -1, stats=used, left_out=left_out, wrong_norms=wrong)
+        stats = left_out = None
+        if codes is not None:
+            piece = codes[first:end]
+            stats = _statistics(shard, data, np.asarray(piece == USED))
+            left_out = _statistics(shard, data, np.asarray((piece != USED) & (piece != BOS)))
+        return _Piece(bad, 0, -1, stats=stats, left_out=left_out, wrong_norms=wrong)
     values = torch.from_numpy(data[row:]).view(TORCH_DTYPES[shard.dtype])
     return _Piece(bad, int((~torch.isfinite(values)).any(dim=1).sum()), row, wrong_norms=wrong)
 
