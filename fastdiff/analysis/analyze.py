@@ -129,6 +129,8 @@ def _analyze(
     for column, lack in _WITHOUT.items():
         if store.column(column) is None:
             progress.say(f"analyze: the store has no {column}: {lack}")
+    if store.must_be_measured:
+        progress.say(f"analyze: {store.path} has no column norms; its rows are measured")
     rows = _usable(store, n_rows)
     # first: what it refuses should not cost a pass
     spliced = _splice(store, crosscoder, facts, config, progress) if config.splice else None

@@ -149,6 +149,8 @@ def _attribute(
             raise CannotRun(
                 f"{store.path}: has {where}, between which there is no path", "extract both at one layer and hook"
             )
+        if store.must_be_measured:
+            progress.say(f"attribute: {store.path} has no column norms; its rows are measured")
         index = DocumentIndex(store, _CALLER)
         choice = choice_of(store, index, holdout)
         with quiet():

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -12,12 +13,13 @@ from click.testing import CliRunner
 from tiny_runs import LAYER, make_run, make_store, save_model, tokenizer
 
 from fastdiff import rundir
+from fastdiff.analysis.analyze import analyze
 from fastdiff.attribution import attribute as module
 from fastdiff.attribution.attribute import attribute
 from fastdiff.attribution.choose import Choice, unigram_entropy
 from fastdiff.cli import cli
-from fastdiff.config import AttributeConfig, TrainConfig
-from fastdiff.crosscoder.train import train_seeds
+from fastdiff.config import AnalyzeConfig, AttributeConfig, TrainConfig
+from fastdiff.crosscoder.train import train, train_seeds
 from fastdiff.errors import FastdiffError, InputError, OptionError
 from fastdiff.patching.halves import UpperHalf
 from fastdiff.results.attribution import category_means, read_attribution, read_summary
@@ -376,3 +378,24 @@ def test_the_command_prints_what_it_found(runs, tmp_path):
     write_json(summary, {**read_json(summary, 1), "state": "perhaps"})
     assert invoke("attribute", run, "--device", "cpu").exit_code == 0
     assert read_summary(run / "attribution").state == "checked"
+
+
+def test_every_stage_says_that_it_measures_a_store_without_norms(inputs, tmp_path):
+    store = make_store(inputs, tmp_path / "acts", base="plain-base", tuned="plain-tuned")
+    with ActivationStore(store) as opened:
+        usable = opened.usable_rows()
+    # as versions before the column left it
+    for shard in store.glob("*.h5"):
+        with h5py.File(shard, "a") as file:
+            del file["norms"]
+    told = read_json(store / "store.json", 1)
+    del told["left_out"], told["stats"], told["config"]["max_norm"], told["shards"]
+    write_json(store / "store.json", told)
+    with ActivationStore(store) as opened:
+        assert np.array_equal(opened.usable_rows(), usable) and len(usable) < opened.n_rows
+    run, config, said = tmp_path / "run", TrainConfig(dict_size=16, k=4, steps=5, batch_size=32, threads=1), Said()
+    train(store, run, config, said)
+    analyze(run, AnalyzeConfig(device="cpu"), said)
+    attribute(run, CONFIG, said)
+    for stage in ("train", "analyze", "attribute"):
+        assert said.lines.count(f"{stage}: {store} has no column norms; its rows are measured") == 1
