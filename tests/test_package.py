@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.package
+pytestmark = [pytest.mark.package, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("fastdiff", "kernels", "csrc", "tests", "bench")

@@ -183,7 +183,7 @@ def test_wandb_is_offline_in_the_run(run, wandb):
     with trackers(["wandb"], run, progress=progress) as opened:
         opened.log(10, LINE)
         opened.log(20, LINE)
-    curves = rundir.read_json(run / "tracking.json")["ids"]["seed-0"]
+    curves = rundir.read_json(run / "tracking.json", 1)["ids"]["seed-0"]
     assert wandb.inits == [
         {
             "project": "fastdiff",
@@ -224,7 +224,7 @@ def test_trackio_is_local_and_says_nothing(run, trackio, capfd):
     progress = Lines()
     with trackers(["trackio"], run, progress=progress) as opened:
         opened.log(10, LINE)
-    curves = rundir.read_json(run / "tracking.json")["ids"]["seed-0"]
+    curves = rundir.read_json(run / "tracking.json", 1)["ids"]["seed-0"]
     directory = str(run.resolve() / "trackio")
     assert trackio.inits == [
         {
@@ -291,7 +291,7 @@ def test_a_resumed_training_continues_the_same_curves_and_a_new_one_does_not(run
     first, other, continued, anew, late = (init["id"] for init in wandb.inits)
     assert continued == first and len({first, other, anew, late}) == 4
     assert [init["name"].rpartition("-")[2] for init in trackio.inits] == [first, other, continued, anew, late]
-    assert rundir.read_json(run / "tracking.json")["ids"] == {"seed-0": anew, "seed-1": other, "seed-2": late}
+    assert rundir.read_json(run / "tracking.json", 1)["ids"] == {"seed-0": anew, "seed-1": other, "seed-2": late}
 
 
 def test_an_unreadable_tracking_json_is_named(run, wandb):

@@ -29,6 +29,7 @@ from safetensors.numpy import save_file
 
 from fastdiff import rundir
 from fastdiff.analysis.classes import CLASSES, classify, decoder_cosine, delta_norm, specific
+from fastdiff.analysis.concepts import concepts
 from fastdiff.analysis.examples import display, write_examples
 from fastdiff.analysis.firing import Firing
 from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu, unmatched_energy
@@ -138,6 +139,7 @@ def _analyze(
     table = _latent_table(crosscoder, sums, firing, len(rows), config)
     table["top_tokens"] = _top_tokens(store, firing)
     table["stability"], stable = _stability(store, crosscoder, others, rows, table, config, progress)
+    table["concept"] = _concepts(store, crosscoder, rows, table, config, progress)
     quality, held_out = _quality(store, crosscoder, facts, config)
     by_nats = [] if nats is None else nats.of_any_row()
     chosen = _choose(table, by_nats, config)
@@ -362,6 +364,24 @@ def _stability(
     )
     thresholds = {"min_cosine": config.stable_cosine, "min_coactivation": config.stable_coactivation}
     return share, {"seeds": list(others), "tokens": len(rows), **thresholds, **counts}
+
+
+def _concepts(
+    store: ActivationStore,
+    crosscoder: Crosscoder,
+    rows: NDArray[np.int64],
+    table: dict[str, np.ndarray],
+    config: AnalyzeConfig,
+    progress: Progress,
+) -> np.ndarray:
+    """The column, of each side apart."""
+    sample, found = spread_rows(rows, SAMPLE), np.full(crosscoder.dict_size, -1)
+    for side in ("base", "tuned"):
+        members = table["specific"] == side
+        if members.any():
+            of = concepts(crosscoder, store, sample, members, batch_size=config.batch_size, progress=progress)
+            found[members] = of[members]
+    return np.array([str(number) if number >= 0 else "" for number in found])
 
 
 def _exclusive(table: dict[str, np.ndarray], side: str) -> np.ndarray:

@@ -91,16 +91,16 @@ def match(
     """
     if a.b_dec.shape != b.b_dec.shape:
         raise ValueError(f"inputs of shape {tuple(a.b_dec.shape)} and {tuple(b.b_dec.shape)} cannot be matched")
-    left, right, cosine = _pairs(a.W_dec.detach().flatten(1), b.W_dec.detach().flatten(1), floor)
+    left, right, cosine = near_pairs(a.W_dec.detach().flatten(1), b.W_dec.detach().flatten(1), floor)
     together = np.zeros(len(left))
     squares = np.zeros(a.dict_size), np.zeros(b.dict_size)
     with progress.task("stability", len(rows), "tokens") as task:
         for start in range(0, len(rows), batch_size):
             x = store.rows(rows[start : start + batch_size])
-            firings = _firings(a, x), _firings(b, x)
-            for total, strength in zip(squares, firings, strict=True):
+            strengths = firings(a, x), firings(b, x)
+            for total, strength in zip(squares, strengths, strict=True):
                 total += strength.power(2).sum(axis=1)
-            _add_products(together, left, right, *firings)
+            add_products(together, left, right, *strengths)
             task.advance(len(x))
     fired = squares[0] > 0, squares[1] > 0
     both = fired[0][left] & fired[1][right]
@@ -203,7 +203,7 @@ def stability(
     return count / len(others)
 
 
-def _pairs(a: Tensor, b: Tensor, floor: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def near_pairs(a: Tensor, b: Tensor, floor: float) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Pairs of rows of a [F_a, W] and b [F_b, W] whose cosine reaches the floor: both ends [P], and the cosine [P]."""
     F_b, width = b.shape
     unit = torch.nn.functional.normalize(b, dim=1).T
@@ -229,7 +229,7 @@ def _pairs(a: Tensor, b: Tensor, floor: float) -> tuple[NDArray[np.int64], NDArr
     return left[kept].cpu().numpy(), right[kept].cpu().numpy(), cosine[kept].cpu().numpy()
 
 
-def _firings(crosscoder: Crosscoder, x: Tensor) -> csr_array:
+def firings(crosscoder: Crosscoder, x: Tensor) -> csr_array:
     """Activations [F, B] of stored activations [B, M, D], in float64."""
     values, selection = crosscoder.encode(crosscoder.normalize(x))
     by = selection.by_latent
@@ -237,7 +237,7 @@ def _firings(crosscoder: Crosscoder, x: Tensor) -> csr_array:
     return csr_array(tuple(part.cpu().numpy() for part in parts), shape=(crosscoder.dict_size, len(x)))
 
 
-def _add_products(
+def add_products(
     together: NDArray[np.float64],
     left: NDArray[np.int64],
     right: NDArray[np.int64],

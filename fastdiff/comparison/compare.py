@@ -13,14 +13,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastdiff import rundir
 from fastdiff.comparison.activations import activation_rows
 from fastdiff.comparison.evidence import attribution_inputs, run_evidence, verdict_file
-from fastdiff.comparison.statistics import Difference, compare_shares
+from fastdiff.comparison.statistics import Difference, compare_shares, design_effect
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
@@ -41,6 +41,7 @@ class LatentSet:
     name: str
     counts: Counter[str]
     mass: dict[str, float]  # Σ count · mean activation
+    deff: float  # design effect of its concepts
 
     @property
     def total(self) -> int:
@@ -206,14 +207,19 @@ def _exclusive(run: Path) -> dict[str, LatentSet]:
         for side in counts:  # every category is in the table, also where nothing changed
             counts[side][category] += 0
     latents = read_latents(run)
+    sizes: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
     weights = latents.numbers("count") * latents.numbers("mean_activation")
+    concept = latents.text("concept")
     for latent, side in enumerate(latents.text("specific")):
         if not side:
             continue
+        sizes[side][concept[latent] or str(latent)] += 1
         category = labels[latent].category if latent in labels else UNLABELLED
         counts[side][category] += 1
         mass[side][category] = mass[side].get(category, 0.0) + float(weights[latent])
-    return {side: LatentSet(side, counts[side], mass[side]) for side in counts}
+    return {
+        side: LatentSet(side, counts[side], mass[side], design_effect(list(sizes[side].values()))) for side in counts
+    }
 
 
 def _comparisons(
@@ -225,8 +231,8 @@ def _comparisons(
         found.append(
             _compare_sets(
                 "base→tuned" if len(names) == 1 else name,
-                LatentSet(f"only {base}", exclusive["base"].counts, exclusive["base"].mass),
-                LatentSet(f"only {tuned}", exclusive["tuned"].counts, exclusive["tuned"].mass),
+                replace(exclusive["base"], name=f"only {base}"),
+                replace(exclusive["tuned"], name=f"only {tuned}"),
                 f"Latents only {tuned} has (gained by tuning) against those only {base} has (lost).",
                 f"gained from {base} to {tuned}",
                 f"lost from {base} to {tuned}",
@@ -240,8 +246,8 @@ def _comparisons(
             found.append(
                 _compare_sets(
                     kind,
-                    LatentSet(f"{kind} by {names[0]}", first.counts, first.mass),
-                    LatentSet(f"{kind} by {names[1]}", second.counts, second.mass),
+                    replace(first, name=f"{kind} by {names[0]}"),
+                    replace(second, name=f"{kind} by {names[1]}"),
                     f"Latents {kind} {direction} {facts[0]['base']}: by {names[1]} against by {names[0]}.",
                     f"{kind} more by {names[1]} than by {names[0]}",
                     f"{kind} less by {names[1]} than by {names[0]}",
@@ -269,6 +275,8 @@ def _compare_sets(
         b.total,
         confidence=config.confidence,
         untested=_NO_CATEGORY,
+        deff_a=a.deff,
+        deff_b=b.deff,
     )
     return Comparison(name, a, b, explanation, more, less, differences, runs)
 
@@ -289,6 +297,8 @@ def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
                 "points_high": d.points_high,
                 "p": d.p,
                 "q": d.q,
+                "q_concepts": d.q_concepts,
+                "detectable_ratio": d.detectable_ratio,
                 "mass_a": _share(a.mass, d.category),
                 "mass_b": _share(b.mass, d.category),
             }
@@ -301,7 +311,7 @@ def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
                 "total_a": d.total_a,
                 "count_b": d.count_b,
                 "total_b": d.total_b,
-                "significant": int(d.q < config.alpha),
+                "significant": int(d.q < config.alpha and d.q_concepts < config.alpha),
                 **{name: f"{value:.6g}" if math.isfinite(value) else "" for name, value in numbers.items()},
             }
             lines.append(",".join(str(cells[column]) for column in COLUMNS))
@@ -335,6 +345,8 @@ def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], confi
                 "total_b": c.b.total,
                 "unlabelled_a": c.a.counts[UNLABELLED] + c.a.counts[UNINTERPRETABLE],
                 "unlabelled_b": c.b.counts[UNLABELLED] + c.b.counts[UNINTERPRETABLE],
+                "deff_a": c.a.deff,
+                "deff_b": c.b.deff,
                 "n_categories": _n_categories(c),
                 "explanation": c.explanation,
             }
@@ -345,9 +357,10 @@ def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], confi
             "A latent counts for the model that alone has it by latent scaling (column `specific`). A "
             "category's share of one side's latents is compared with its share of the other's: Fisher's "
             "exact test, two-sided, with Benjamini-Hochberg over the categories of a comparison "
-            f"(significant: q < {config.alpha:g}); {100 * config.confidence:g} % intervals by Newcombe. "
-            "Unlabelled and uninterpretable latents stay in the denominators and are not tested. Latents are "
-            "treated as independent, and one crosscoder was trained: another seed gives other latents."
+            f"(significant: q < {config.alpha:g}, also with all counts divided by the design effects of the "
+            f"sides' concepts); {100 * config.confidence:g} % intervals by Newcombe. Unlabelled and "
+            "uninterpretable latents stay in the denominators and are not tested. The latents are those of one "
+            "crosscoder: another seed gives others."
         ),
     }
 
@@ -362,7 +375,7 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
     if a.total == 0 or b.total == 0:
         empty = a.name if a.total == 0 else b.name
         return [f"{comparison.name}: no latent is {empty!r}, so categories cannot be compared."]
-    real = [d for d in comparison.differences if d.q < config.alpha]
+    real = [d for d in comparison.differences if d.q < config.alpha and d.q_concepts < config.alpha]
     sentences = []
     for words, chosen in (
         (comparison.more, [d for d in real if d.delta_points > 0]),

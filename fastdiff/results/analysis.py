@@ -48,6 +48,8 @@ LATENT_COLUMNS = {
     "top_tokens": "JSON list of the tokens on which it fires most strongly, one per document, no token twice",
     "stability": "share of the run's other seeds that have it too, by the thresholds under stability; empty without "
     "other seeds, or if it fired on none of the tokens compared",
+    "concept": "of a latent that one model alone has: the smallest of the latents that stand for one thing with it, "
+    "by decoder cosine and co-activation; else empty",
 }
 LATENT_TEXT = ("class", "label", "category", "specific")
 _TOKENS = TypeAdapter(list[str])

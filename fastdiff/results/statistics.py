@@ -13,7 +13,7 @@ CATEGORY_TEXT = ("comparison", "category", "side_a", "side_b")
 CATEGORY_NUMBERS = (
     *("count_a", "total_a", "share_a", "count_b", "total_b", "share_b"),
     *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
-    *("p", "q", "mass_a", "mass_b", "significant"),
+    *("p", "q", "q_concepts", "detectable_ratio", "mass_a", "mass_b", "significant"),
 )
 STATISTICS = "statistics.json"
 STATISTICS_SCHEMA: Final = 2
@@ -45,6 +45,8 @@ class Family(_Model):
         total_b: Likewise.
         unlabelled_a: Of these, without a category.
         unlabelled_b: Likewise.
+        deff_a: Design effect of that side's concepts: its latents count as so many times fewer.
+        deff_b: Likewise.
         n_categories: That were tested.
         explanation: In a sentence.
     """
@@ -57,6 +59,8 @@ class Family(_Model):
     total_b: int
     unlabelled_a: int
     unlabelled_b: int
+    deff_a: float
+    deff_b: float
     n_categories: int
     explanation: str
 

@@ -203,6 +203,7 @@ def swapped_initialize(self, first_batch, *, init, seed, structure):
             self.b_dec[m] = geometric_median(first_batch[:, m])
 
 
+@pytest.mark.slow
 def test_planted_differences_are_found(tmp_path):
     """Common ones by decoder norms, rare ones by latent scaling; 20 per side and frequency."""
     planted = planted_activations(0, n_tokens=120_000, d_model=48, shared=80, exclusive={0.01: 20, 0.002: 20})

@@ -180,7 +180,7 @@ def test_what_cannot_be_checked_is_said_and_the_rest_stands(inputs, tmp_path, ca
     facts = json.loads(result.stdout)
     assert (result.exit_code, facts["state"], facts["means"]) == (0, "not checked", {})
     assert reason in facts["reason"] and remedy in facts["remedy"]
-    lines = [line for line in result.stderr.splitlines() if "not checked" in line]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("attribute: not checked")]
     assert len(lines) == 1 and reason in lines[0] and remedy in lines[0]
     assert set(hashes(run)) == {"summary.json", "DONE.json"}
     assert read_attribution(run / "attribution").documents is None

@@ -8,6 +8,8 @@ from pathlib import Path
 import h5py
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "bench_shuffle.py"
 
 

@@ -13,6 +13,8 @@ import torch
 
 from fastdiff.benchmark.ceilings import Ceilings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "bench_train.py"
 RATES = {"A": Ceilings(copy=4.3e12, cache=6.5e12, gather=4e12, gemm=790e12, precision="bfloat16")}

@@ -14,6 +14,8 @@ from fastdiff.benchmark.shapes import SHAPES
 from fastdiff.errors import FastdiffError
 from fastdiff.progress import SILENT
 
+pytestmark = pytest.mark.slow
+
 FASTDIFF = Path(sys.executable).parent / "fastdiff"
 TINY = ["--batch-size", "256", "--d-model", "24", "--dict-size", "512", "--k", "8", "--samples", "2"]
 

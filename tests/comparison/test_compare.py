@@ -21,7 +21,8 @@ from fastdiff.results.labels import UNINTERPRETABLE
 CONFIG = CompareConfig()
 HEADER = (
     "comparison,category,side_a,side_b,count_a,total_a,share_a,count_b,total_b,share_b,delta_percent,percent_low,"
-    "percent_high,delta_points,points_low,points_high,p,q,mass_a,mass_b,significant"
+    "percent_high,delta_points,points_low,points_high,p,q,q_concepts,detectable_ratio,"
+    "mass_a,mass_b,significant"
 )
 
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastdiff.comparison.statistics import compare_shares, newcombe, ratio_interval, wilson
+from fastdiff.comparison.statistics import (
+    compare_shares,
+    design_effect,
+    detectable_ratio,
+    newcombe,
+    ratio_interval,
+    wilson,
+)
 
 
 def compare(a, n_a, b, n_b, confidence=0.95):
@@ -201,6 +208,7 @@ def test_the_percent_interval_covers_the_true_ratio():
     assert 0.94 <= covered / draws <= 0.985
 
 
+@pytest.mark.slow
 def test_two_draws_from_one_distribution_rarely_differ():
     rng = np.random.default_rng(5)
     false, simulations = 0, 400
@@ -237,3 +245,45 @@ def test_a_real_difference_is_found():
 def test_a_share_that_moves_against_its_count_is_composition(a, n_a, b, n_b, wanted):
     (found,) = compare_shares({"c": a}, n_a, {"c": b}, n_b, confidence=0.95)
     assert found.composition == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_latents_in_concepts_are_found_in_next_to_no_null_once_their_counts_are_divided(size):
+    """Two sets of 90 latents over 12 categories; all latents of a concept have its category."""
+    rng = np.random.default_rng(size)
+    plain = divided = 0
+    for _ in range(300):
+        sets, effects = [], []
+        for _side in range(2):
+            sizes = rng.geometric(1 / size, 90)
+            sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), 90)) + 1]
+            category = rng.integers(12, size=len(sizes))
+            sets.append({str(c): int(sizes[category == c].sum()) for c in range(12)})
+            effects.append(design_effect(sizes.tolist()))
+        found = compare_shares(
+            sets[0], sum(sets[0].values()), sets[1], sum(sets[1].values()),
+            confidence=0.95, deff_a=effects[0], deff_b=effects[1],
+        )  # fmt: skip
+        plain += any(d.q < 0.05 for d in found)
+        divided += any(d.q_concepts < 0.05 for d in found)
+    assert divided <= 0.05 * 300
+    # otherwise this test could not fail
+    assert size == 1 or plain > 0.2 * 300
+
+
+def test_the_design_effect_is_the_mean_size_of_a_latents_concept():
+    assert design_effect([]) == design_effect([1, 1, 1]) == 1
+    assert design_effect([3, 1]) == pytest.approx((3 + 3 + 3 + 1) / 4)
+
+
+def test_the_detectable_ratio_is_found_in_four_of_five():
+    rng = np.random.default_rng(0)
+    n_a, n_b, a = 400, 300, 60
+    ratio = detectable_ratio(a, n_a, n_b, n_a)
+    first = rng.binomial(n_a, a / n_a, 20_000) / n_a
+    second = rng.binomial(n_b, ratio * a / n_a, 20_000) / n_b
+    z = 2 * (np.arcsin(np.sqrt(second)) - np.arcsin(np.sqrt(first))) / math.sqrt(1 / n_a + 1 / n_b)
+    assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.02)
+    assert detectable_ratio(11, 112, 89, 112) == pytest.approx(2.5, abs=0.1)
+    assert math.isnan(detectable_ratio(0, 10, 10, 10)) and detectable_ratio(9, 10, 2, 10) == math.inf

@@ -23,6 +23,8 @@ from fastdiff.kernels.torch_step import TorchStep
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "support" / "killed_training.py"
 D = 8
 

@@ -33,6 +33,7 @@ def test_round_trip(tmp_path, options):
         assert torch.equal(loaded.state_dict()[name], tensor) and tensor.dtype == torch.float32, name
 
 
+@pytest.mark.slow
 def test_bytes_are_equal_in_every_process(tmp_path):
     save_crosscoder(tmp_path / "here", make(), {})
     code = (

@@ -199,6 +199,7 @@ def test_first_step_of_the_penalised_objectives_equals_the_dense_transcription(a
         torch.testing.assert_close(got.grad, clipped, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_jumprelu_approaches_its_l0_target():
     config = TrainConfig(activation="jumprelu", dict_size=F, k=5, steps=1200, batch_size=B, lr=3e-3)
     crosscoder = Crosscoder(F, M, D, activation="jumprelu", k=5)

@@ -19,6 +19,8 @@ from fastdiff.demo.models import (
 from fastdiff.demo.training import encode
 from fastdiff.rundir import sha256_file
 
+pytestmark = pytest.mark.slow
+
 TINY = Recipe(base_steps=2, it_steps=2, simpo_steps=2, batch=8, documents_per_category=3, texts_per_category=2)
 
 

@@ -24,6 +24,8 @@ from fastdiff.progress import Progress
 from fastdiff.store import writer as writer_module
 from fastdiff.store.journal import JOURNAL, read_journal
 
+pytestmark = pytest.mark.slow
+
 shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_extract_harvest.py"))))
 pairs, configured, files, Heard = shared.pairs, shared.configured, shared.files, shared.Heard
 

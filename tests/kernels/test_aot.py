@@ -8,6 +8,8 @@ import sys
 import aot
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def compile_ahead(*arguments: str) -> subprocess.CompletedProcess:
     """Compilation needs a process of its own: here @triton.jit has made interpreted functions."""

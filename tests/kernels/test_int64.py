@@ -8,7 +8,10 @@ import sys
 import beyond_int32
 import pytest
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CUDA: about the interpreter")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CUDA: about the interpreter"),
+    pytest.mark.slow,
+]
 
 
 def check(*names: str) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ from fastdiff.kernels.step import NotFinite, StepRates, StepTensors
 from fastdiff.kernels.torch_step import TorchStep
 from fastdiff.kernels.triton_step import TritonStep, places
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = [TorchStep, TritonStep]
 

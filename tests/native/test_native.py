@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread")

@@ -351,6 +351,7 @@ def test_text_stands_out_from_its_ground(browser: Browser, page: Path, scheme: s
     assert worst[0] >= 4.5, worst
 
 
+@pytest.mark.slow
 def test_two_thousand_cards_stay_within_the_budget(
     browser: Browser, make_pair: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def cut_off(path: Path, at: int, **options: Any) -> None:
         write(path, stop_at=at, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_writer_loses_no_acknowledged_row_and_leaves_no_trace(tmp_path: Path, kills: int) -> None:
     command = [sys.executable, "-P", str(SCRIPT), str(tmp_path), str(kills), str(kills)]
@@ -382,6 +383,7 @@ def fail_at(patch: pytest.MonkeyPatch, n: int, code: int) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_whichever_call_fails_the_error_is_clean_and_the_store_can_be_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], code: int

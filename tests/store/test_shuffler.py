@@ -166,6 +166,7 @@ def test_a_batch_stays_as_it_was_given_while_it_is_held(tmp_path: Path) -> None:
         assert all(torch.equal(batch, shuffler.batch(step + 8)) for step, batch in enumerate(kept))
 
 
+@pytest.mark.slow
 def test_holding_more_than_the_pool_is_an_error_not_a_wait_for_ever(tmp_path: Path) -> None:
     write(tmp_path, 256, shard_rows=64)
     with ActivationStore(tmp_path) as store:
@@ -243,6 +244,7 @@ stream.close()
     subprocess.run([sys.executable, "-P", "-c", script, tmp_path], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_wait(tmp_path: Path) -> None:
     write(tmp_path, 256, shard_rows=64)
     script = """
@@ -302,6 +304,7 @@ def test_the_pool_is_what_was_asked_for_and_follows_the_law(tmp_path: Path) -> N
         assert half.excess_variance() <= 0.1
 
 
+@pytest.mark.slow
 def test_memory_is_the_pool_and_flat(tmp_path: Path) -> None:
     n = 20_000
     write(tmp_path, n, shard_rows=n, d_model=512)  # 82 MB

@@ -347,6 +347,7 @@ def test_what_cannot_be_printed(store: Path, capfdbinary: pytest.CaptureFixture[
     assert "\\ud800.h5: no such file" in lines[1]
 
 
+@pytest.mark.slow
 def test_memory_stays_flat(tmp_path: Path) -> None:
     n, d = 40_000, 1024
     with h5py.File(tmp_path / "a.h5", "w") as file:
