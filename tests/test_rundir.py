@@ -348,6 +348,7 @@ class TestStages:
         assert list(rundir.read_manifest(tmp_path)["stages"]) == ["work"]
         assert yaml.safe_load((tmp_path / "fastdiff.yaml").read_text()) == {"work": {"k": 5}}
 
+    @pytest.mark.slow
     def test_killed_anywhere_it_is_done_again_or_was_recorded(self, tmp_path):
         """Before, between and after all writes; never does a stage count as done that the manifest does not know."""
         died = 0

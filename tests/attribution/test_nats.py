@@ -14,6 +14,7 @@ from fastdiff.extraction.models import quiet
 from fastdiff.results.attribution import read_attribution, text_number
 from fastdiff.store.reader import ActivationStore
 
+pytestmark = pytest.mark.slow
 PLACES = {
     "resid_post": f"model.layers.{LAYER}",
     "mlp_out": f"model.layers.{LAYER}.mlp",

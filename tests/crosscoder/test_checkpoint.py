@@ -154,6 +154,7 @@ class TestRoundTrip:
             Checkpoints(tmp_path, 0)
 
 
+@pytest.mark.slow
 class TestBackground:
     def test_what_changes_after_save_is_not_written(self, tmp_path, held):
         c, tensors, state = make(5), moments(5), {"threads": 1, "config": {"k": [3]}}
@@ -505,6 +506,7 @@ class Ended(BaseException):
     """The process is no more."""
 
 
+@pytest.mark.slow
 class TestAtomicity:
     # saved again: killed when 10 was about to take the place of 10
     @pytest.mark.parametrize(("step", "keep"), [(15, 2), (10, 1)], ids=["new step", "step saved again"])

@@ -317,6 +317,7 @@ def write_compare(
             percent = {"delta_percent": f"{100 * (b - a) / a:.4f}", "percent_low": "", "percent_high": ""}
             shift = {"delta_points": points, "points_low": points - 4.5, "points_high": points + 4.5}
             p = {"p": 0.0004 if clear else 0.31, "q": 0.0008 if clear else 0.62}
+            p |= {"q_concepts": p["q"], "detectable_ratio": 2.5}
             mass = {"mass_a": 0.11, "mass_b": 0.11 + points / 100, "significant": int(clear)}
             rows.append({**sides, **counts, **percent, **shift, **p, **mass})
     write_csv(compare / "categories.csv", rows)
@@ -326,6 +327,8 @@ def write_compare(
         "total_b": 200,
         "unlabelled_a": 3,
         "unlabelled_b": 4,
+        "deff_a": 1.2,
+        "deff_b": 1.0,
         "n_categories": len(categories),
     }
     words = {"explanation": "Latents that only base has, against latents that only tuned has."}
