@@ -186,7 +186,7 @@ class TestPrecedence:
         file.write_text("extract: {base: a, tuned: b, dataset: [x]}\ntrain: {k: 5}\ncompare:\n  # alpha: 0.1\n")
         code, out, err = fastdiff("run", "-c", file, "-o", tmp_path / "r", "--set", "train.dict-size=64")
         assert (code, out) == (0, f"base→tuned: a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n")
-        assert err.startswith("trust in base→tuned: Of 7 checks ") and len(err.splitlines()) == 8
+        assert err.startswith("trust in base→tuned: Of 7 checks, ") and len(err.splitlines()) == 8
         assert (seen[-1].train.k, seen[-1].train.dict_size, seen[-1].compare) == (5, 64, CompareConfig())
 
 

@@ -100,7 +100,7 @@ def analyze(run: Path, config: AnalyzeConfig, progress: Progress = SILENT, *, st
         nats, attributed = read_latent_nats(run, config.train_seed, inputs["model"])
         # an analysis by a version that wrote other tables is not up to date
         inputs |= hashes | attributed | {"tables": rundir.sha256_text(rundir.canonical_json([TABLES, LATENT_COLUMNS]))}
-        stage = lock.stage(target, "analyze", settings, inputs, OUTPUTS)
+        stage = lock.stage(target, "analyze", settings, inputs, OUTPUTS, schemas={SUMMARY: SUMMARY_SCHEMA})
         if stage.up_to_date():
             progress.say(f"analyze: {target} is up to date")
             return target

@@ -27,6 +27,7 @@ from fastdiff.progress import SILENT, Progress
 from fastdiff.results.analysis import read_analysis_summary, read_latents
 from fastdiff.results.labels import UNINTERPRETABLE, UNLABELLED, read_labels, require_labelled
 from fastdiff.results.statistics import CATEGORIES, CATEGORY_NUMBERS, CATEGORY_TEXT, STATISTICS, STATISTICS_SCHEMA
+from fastdiff.results.verdict import SCHEMA as VERDICT_SCHEMA
 from fastdiff.results.verdict import write as write_verdict
 
 COLUMNS = (*CATEGORY_TEXT, *CATEGORY_NUMBERS)
@@ -102,7 +103,8 @@ def compare(
             inputs |= {f"{name}/{file}": sha for file, sha in (_inputs(run) | attribution_inputs(run)).items()}
         if config.null_run is not None:
             inputs |= {f"--null/{file}": sha for file, sha in _null_inputs(config.null_run).items()}
-        stage = lock.stage(target, "compare", settings, inputs, OUTPUTS)
+        schemas = {STATISTICS: STATISTICS_SCHEMA, "verdict.json": VERDICT_SCHEMA}
+        stage = lock.stage(target, "compare", settings, inputs, OUTPUTS, schemas=schemas)
         if stage.up_to_date():
             progress.say(f"compare: {target} is up to date")
             return target

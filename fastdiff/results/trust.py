@@ -79,11 +79,12 @@ class Trusted(BaseModel):
 
     def sentence(self) -> str:
         """How many are what."""
-        counts = [(state, sum(c.state == state for c in self.checks)) for state in ("poor", "not checked")]
-        named = [f"{n} {state}" for state, n in counts if n]
+        n_poor, n_open = (sum(c.state == state for c in self.checks) for state in ("poor", "not checked"))
+        named = [f"{n_poor} {'is' if n_poor == 1 else 'are'} poor"] * bool(n_poor)
+        named += [f"{n_open} {'was' if n_open == 1 else 'were'} not checked"] * bool(n_open)
         if not named:
             return f"All {len(self.checks)} checks are fine."
-        return f"Of {len(self.checks)} checks {' and '.join(named)}: read the result with care."
+        return f"Of {len(self.checks)} checks, {' and '.join(named)}: read the result with care."
 
 
 def run_checks(run: Path, names: Sequence[Name], called: str | None = None) -> list[Check]:
@@ -103,7 +104,7 @@ def run_checks(run: Path, names: Sequence[Name], called: str | None = None) -> l
     found = {
         "reconstruction": lambda: _reconstruction(called, crosscoders, analysis),
         "sinks": lambda: _sinks(called, crosscoders, analysis),
-        "seeds": lambda: _seeds(crosscoders, analysis),
+        "seeds": lambda: _seeds(called, crosscoders, analysis),
         "splice": lambda: _splice(called, analysis),
         "attribution": lambda: _attribution(run, called),
     }
@@ -168,11 +169,16 @@ def _sinks(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str,
     made = [one for one in (*crosscoders.values(), analysis or {}) if one.get("left_out")]
     if not made:
         says = "It is not known whether rows with outlying norms were left out of use."
-        return Check(name="sinks", state="not checked", says=says, remedy=f"train it again with this version, -o {run}")
+        return Check(
+            name="sinks",
+            state="not checked",
+            says=says,
+            remedy=f"train again with this version: fastdiff train STORE -o {run}",
+        )
     facts = made[0]["left_out"]
     if not facts["max_norm"]:
         says = "Rows with outlying norms were kept in use (--max-norm 0)."
-        return Check(name="sinks", state="not checked", says=says, remedy="fastdiff extract --max-norm 3")
+        return Check(name="sinks", state="not checked", says=says, remedy="extract without --max-norm 0")
     if not facts["rows"]:
         says = f"No row has a norm over {facts['max_norm']:g} times the median."
         return Check(name="sinks", state="fine", says=says)
@@ -181,18 +187,19 @@ def _sinks(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str,
     return Check(name="sinks", state="fine", says=says)
 
 
-def _seeds(crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
+def _seeds(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
     n = len(crosscoders)
-    more = "fastdiff train with --seeds 0,1,2"
+    more = f"fastdiff train STORE -o {run} --seeds 0,1,2"
     if n < 2:
         says = "One crosscoder was trained, so chance in training was not seen."
         return Check(name="seeds", state="not checked", says=says, remedy=more)
     if n < SEEDS_LEAST:
         says = f"Only {n} crosscoders were trained."
         return Check(name="seeds", state="poor", says=says, remedy=more)
-    says = f"{n} crosscoders were trained."
+    says = f"{n} crosscoders were trained, and a change is confirmed only where all agree on its sign."
     if analysis is not None and (of := analysis.get("stability")) is not None and of["exclusive"]:
-        says += f" Of the {of['exclusive']:,} latents of one model {of['exclusive_stable']:,} come back in the others."
+        of_one = f"Of the {of['exclusive']:,} latents that one model alone has"
+        says += f" {of_one} {of['exclusive_stable']:,} come back in the other crosscoders."
     return Check(name="seeds", state="fine", says=says)
 
 
@@ -203,7 +210,7 @@ def _splice(run: str, analysis: dict[str, Any] | None) -> Check:
         return Check(name="splice", state="not checked", says=says, remedy=f"fastdiff analyze {run} --splice")
     recovered = [model["loss_recovered"] for model in facts["models"]]
     shown = " and ".join("–" if share is None else f"{share:.0%}" for share in recovered)
-    says = f"With their reconstructions the models keep {shown} of the loss that zeros would cost."
+    says = f"Reconstructions in place of the activations recover {shown} of the loss that zeros there cost."
     poor = any(share is not None and share < RECOVERED_LEAST for share in recovered)
     remedy = "train with more latents, a larger k or more steps" if poor else None
     return Check(name="splice", state="poor" if poor else "fine", says=says, remedy=remedy)
@@ -219,20 +226,25 @@ def _attribution(run: Path, called: str) -> Check:
     gap = found.largest_gap
     says = f"The parts add up to the whole within {'an unknown share' if gap is None else f'{gap:.1%}'}."
     poor = gap is None or gap > GAP_MOST
-    return Check(name="attribution", state="poor" if poor else "fine", says=says)
+    remedy = (
+        "read V of the category with the largest gap as rough; its midpoints were raised to the most" if poor else None
+    )
+    return Check(name="attribution", state="poor" if poor else "fine", says=says, remedy=remedy)
 
 
 def _null(comparison: Comparison, verdict: VerdictFile) -> Check:
     if comparison.state == "not checked":
         return Check(name="null", state="not checked", says="Nothing was decided that a null could be held against.")
+    again = "fastdiff compare " + " ".join(comparison.runs)
     if verdict.tau_from is None:
-        says = f"τ is {verdict.tau:g} nats; no pair was shown whose models differ by nothing that counts."
-        return Check(name="null", state="not checked", says=says, remedy="fastdiff compare with --null A_A_RUN")
+        says = f"No pair whose models differ by nothing that counts was compared, so τ stays at {verdict.tau:g} nats."
+        return Check(name="null", state="not checked", says=says, remedy=f"{again} --null NULL_RUN")
     largest = verdict.tau_from.largest
     says = f"{verdict.tau_from.run}, whose models differ by nothing that counts, shows {largest:.3f} nats at most."
-    if largest <= TAU:
+    # τ is the larger of --tau and what the null shows
+    if largest < verdict.tau or largest <= TAU:
         return Check(name="null", state="fine", says=says)
-    return Check(name="null", state="poor", says=f"{says} Smaller changes than that cannot be told.")
+    return Check(name="null", state="poor", says=f"{says} Smaller changes cannot be distinguished from that pair.")
 
 
 def _power(comparison: Comparison) -> Check:
@@ -243,7 +255,7 @@ def _power(comparison: Comparison) -> Check:
         n = min((row.documents_nats for row in comparison.rows), default=0)
         return Check(name="power", state="fine", says=f"Every category was decided, on {n} documents or more.")
     names = ", ".join(row.category for row in rows)
-    says = f"{len(rows)} of {len(comparison.rows)} categories cannot be told: {names}."
+    says = f"{len(rows)} of {len(comparison.rows)} categories could not be decided: {names}."
     needed = max((row.documents_needed or 0 for row in rows), default=0)
     remedy = f"extract up to {needed} documents of each" if needed else "extract more documents of each"
     return Check(name="power", state="poor", says=says, remedy=remedy)

@@ -306,7 +306,7 @@ class ActivationStore:
         variance = " and ".join(f"{share:.0%}" for share in facts["variance_share"])
         return (
             f"left out of use: {facts['rows']:,} of {facts['rows'] + facts['usable']:,} rows ({facts['share']:.1%}), "
-            f"{' and '.join(parts)}; {variance} of the variance"
+            f"{' and '.join(parts)}; they hold {variance} of the variance"
         )
 
     def _rule(self) -> Rule:

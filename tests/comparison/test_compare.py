@@ -452,3 +452,16 @@ def test_a_share_that_falls_while_the_count_rises_is_said_beside_it(tmp_path):
         "; its share fell while the count rose)."
     )
     assert "the count" not in more
+
+
+def test_a_comparison_of_an_earlier_version_is_made_anew(tmp_path):
+    run = fake_run(tmp_path / "r", SAME)
+    compare([run], run, CONFIG)
+    path = run / "compare" / "statistics.json"
+    wanted = path.read_bytes()
+    # as a version wrote it that knew schema 1, with its own mark
+    path.write_text(json.dumps(json.loads(wanted) | {"schema": 1}))
+    done = rundir.read_json(run / "compare" / "DONE.json", 1)
+    rundir.finish(run / "compare", "compare", done["config"], done["inputs"], list(done["outputs"]))
+    compare([run], run, CONFIG)
+    assert path.read_bytes() == wanted

@@ -41,12 +41,12 @@ def check(run: Path, name: trust.Name) -> Check:
     return found
 
 
-def verdict(*rows: Verdict, state: str = "checked", tau_from: Any = None) -> VerdictFile:
+def verdict(*rows: Verdict, state: str = "checked", tau_from: Any = None, tau: float = 0.05) -> VerdictFile:
     pair = {"name": "base→tuned", "kind": "pair", "runs": ["run"], "base": "b", "tuned": "t", "state": state}
     if state != "checked":
         pair |= {"reason": "the models are gone", "remedy": "fastdiff attribute run"}
     comparison = Comparison.model_validate({**pair, "rows": [row.model_dump() for row in rows]})
-    facts = {"tau": 0.05, "tau_from": tau_from, "alpha": 0.05, "confidence": 0.95, "comparisons": [comparison]}
+    facts = {"tau": tau, "tau_from": tau_from, "alpha": 0.05, "confidence": 0.95, "comparisons": [comparison]}
     return VerdictFile.model_validate({"schema": 1, **facts})
 
 
@@ -107,7 +107,9 @@ def test_seeds(tmp_path: Path, n, state) -> None:
         write_seed(tmp_path, seed)
     write_analysis(tmp_path, stability={"exclusive": 60, "exclusive_stable": 45})
     found = check(tmp_path, "seeds")
-    assert found.state == state and (state == "fine") == ("60 latents of one model 45 come back" in found.says)
+    assert found.state == state and (state == "fine") == (
+        "60 latents that one model alone has 45 come back" in found.says
+    )
 
 
 @pytest.mark.parametrize(("shares", "state"), [((0.99, 0.9), "fine"), ((0.99, 0.89), "poor"), ((None, 0.95), "fine")])
@@ -139,10 +141,17 @@ def of(tmp_path: Path, file: VerdictFile, name: str) -> Check:
 
 @pytest.mark.parametrize(
     ("tau_from", "state"),
-    [(None, "not checked"), ({"run": "aa", "largest": 0.04}, "fine"), ({"run": "aa", "largest": 0.09}, "poor")],
+    [
+        (None, "not checked"),
+        ({"run": "aa", "largest": 0.04}, "fine"),
+        # below the τ that was asked for, though above the default
+        ({"run": "aa", "largest": 0.09, "tau": 0.2}, "fine"),
+        ({"run": "aa", "largest": 0.09, "tau": 0.09}, "poor"),
+    ],
 )
 def test_null(tmp_path: Path, tau_from, state) -> None:
-    found = of(tmp_path, verdict(row("confirmed"), tau_from=tau_from), "null")
+    tau = tau_from.pop("tau", 0.05) if tau_from else 0.05
+    found = of(tmp_path, verdict(row("confirmed"), tau_from=tau_from, tau=tau), "null")
     assert found.state == state and ("--null" in (found.remedy or "")) == (state == "not checked")
 
 
@@ -151,7 +160,11 @@ def test_power(tmp_path: Path) -> None:
     assert found.state == "fine" and "on 40 documents or more" in found.says
     poor = verdict(row("confirmed"), row("cannot tell", reason="interval too wide", documents_needed=120))
     found = of(tmp_path, poor, "power")
-    assert found.state == "poor" and "1 of 2 categories" in found.says and "120 documents" in str(found.remedy)
+    assert (
+        found.state == "poor"
+        and "1 of 2 categories could not be decided" in found.says
+        and "120 documents" in str(found.remedy)
+    )
     found = of(tmp_path, verdict(state="not checked"), "power")
     assert found.state == "not checked" and found.remedy == "fastdiff attribute run"
 
@@ -165,8 +178,9 @@ def test_green_needs_all(tmp_path: Path) -> None:
     (trusted,) = compared({"run": tmp_path}, verdict(row("confirmed"), tau_from=null))
     assert trusted.state == "fine" and trusted.sentence() == "All 7 checks are fine."
     (trusted,) = compared({"run": tmp_path}, verdict(row("confirmed")))
-    assert trusted.state == "not checked" and "1 not checked" in trusted.sentence()
+    assert trusted.state == "not checked" and "1 was not checked" in trusted.sentence()
     both = Trusted(of="x", checks=[Check(name="null", state="poor", says="a."), trusted.checks[5]])
     assert (
-        both.state == "poor" and both.sentence() == "Of 2 checks 1 poor and 1 not checked: read the result with care."
+        both.state == "poor"
+        and both.sentence() == "Of 2 checks, 1 is poor and 1 was not checked: read the result with care."
     )
