@@ -10,6 +10,7 @@ cut off: batches are fixed slices of the sequences and are appended whole, so th
 journal say with which batch to go on.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ from fastdiff.extraction.tokens import (
 )
 from fastdiff.extraction.vocabulary import display_strings
 from fastdiff.progress import SILENT, Progress
+from fastdiff.results.attribution import FEW_DOCUMENTS
 from fastdiff.rundir import canonical_json, locked, sha256_file, sha256_text, versions, write_text
 from fastdiff.store.format import VOCABULARY_FILE
 from fastdiff.store.reader import ActivationStore
@@ -339,6 +341,22 @@ def _report(encoded: Encoded, encoder: Encoder, corpus: Corpus, config: ExtractC
         progress.say(f"the text ends before --max-tokens {config.max_tokens:,}")
     if encoder.rewritten:
         progress.say(f"the chat template rewrote {encoder.rewritten:,} messages; their tokens have the role template")
+    for line in _what_a_verdict_lacks(encoded):
+        progress.say(line)
+
+
+def _what_a_verdict_lacks(encoded: Encoded) -> Iterator[str]:
+    """What about the text will keep a verdict from being reached, said before hours of work and not behind them."""
+    categories = [source["category"] for source in encoded.sources]
+    if set(categories) == {None}:
+        yield "the documents have no categories, so a verdict has one row per data set; see --category-field"
+    names = [category or source["dataset"] for category, source in zip(categories, encoded.sources, strict=True)]
+    counts = Counter(names[sequence.source] for sequence in encoded.sequences)
+    if few := sorted(f"{name} ({n})" for name, n in counts.items() if n < FEW_DOCUMENTS):
+        yield f"fewer than {FEW_DOCUMENTS} documents, too few for a verdict: {', '.join(few)}"
+    roles = {ROLES[role] for sequence in encoded.sequences for role in np.unique(sequence.roles)}
+    if "user" in roles and "assistant" not in roles:
+        yield "no document has an answer, so no behaviour can be scored; --answer-field or --messages-field names it"
 
 
 def _meta(

@@ -524,3 +524,41 @@ def test_batches_pad_on_the_right_in_document_order() -> None:
 def test_store_does_not_depend_on_where_it_is_written(pairs, texts, tmp_path) -> None:
     text = json.dumps(read_json(extract(configured(pairs["llama"], texts), tmp_path / "acts") / "store.json", 1))
     assert str(tmp_path / "acts") not in text
+
+
+class Said(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "wanted"),
+    [
+        ([{"text": "cat dog"}] * 9, {}, ["have no categories", "--category-field"]),
+        ([{"text": "cat dog", "c": "a"}] * 9, {"category_field": "c"}, []),
+        (
+            [{"text": "cat dog", "c": "ab"[i < 3]} for i in range(12)],
+            {"category_field": "c"},
+            ["fewer than 8 documents, too few for a verdict: b (3)"],
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "cat"}], "c": "a"}] * 9,
+            {"category_field": "c", "messages_field": "messages"},
+            ["no document has an answer", "--answer-field"],
+        ),
+    ],
+)
+def test_what_keeps_a_verdict_from_being_reached_is_said_at_once(pairs, tmp_path, records, options, wanted):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    said = Said()
+    extract(configured(pairs["llama"], path, **options), tmp_path / "a", said)
+    text = "\n".join(line for line in said.lines if "tokens to store" not in line and "the text ends" not in line)
+    assert all(part in text for part in wanted)
+    assert bool(wanted) == any(word in text for word in ("verdict", "answer"))
