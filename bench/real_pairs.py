@@ -499,6 +499,8 @@ class Page:
     def publish(self, path: Path | None, command: list[str]) -> None:
         """Print it; with a path also PATH.md and PATH.json."""
         facts = {**made_with(), "machine": machine()}
+        # a page must not say where this machine keeps its files
+        command = [Path(part).name if Path(part).is_absolute() else part for part in command]
         made = f"`{' '.join(command)}`, {facts['date']}, commit {facts['commit']}. "
         made += f"{facts['machine']['cpu']}, {facts['machine']['n_cpus']} CPUs, {platform.machine()}; "
         made += ", ".join(f"{name} {number}" for name, number in facts["machine"]["versions"].items()) + "."

@@ -120,15 +120,14 @@ def train(
     fastdiff train acts/ -o run/ --dict-size 32768 --k 100 --steps 20000
     """
     from fastdiff.config import TrainConfig
-    from fastdiff.crosscoder.saved import CONFIG, SCHEMA
+    from fastdiff.crosscoder.saved import read_config
     from fastdiff.crosscoder.train import train_seeds
     from fastdiff.results.trust import TRAINED
-    from fastdiff.rundir import read_json
 
     config = resolve(TrainConfig, "train", config_file, settings, given)
     directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
     # what training found; a crosscoder of a version before it says nothing
-    left_out = read_json(directories[0] / CONFIG, SCHEMA).get("left_out")
+    left_out = read_config(directories[0]).get("left_out")
     trust = _trust(out, TRAINED, progress_of(progress_mode, quiet))
     print_result(
         as_json,
@@ -332,7 +331,7 @@ def run(
     "--max-norm",
     type=click.FloatRange(min=0),
     default=3.0,
-    help="Leave rows out of use whose norm is over so many times the median. 0: none. [default: 3]",
+    help="Leave rows out of use whose norm is over so many times the median. 0: none.",
 )
 @replacing
 @shared

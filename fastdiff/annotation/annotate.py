@@ -11,7 +11,7 @@ from fastdiff.annotation.baseline import NO_CATEGORY, Activity, annotate_baselin
 from fastdiff.config import AnnotateConfig
 from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
-from fastdiff.results.analysis import read_analysis_summary, read_latents, top_tokens
+from fastdiff.results.analysis import read_analysis_summary, read_latents, source_categories, top_tokens
 from fastdiff.results.labels import LABELS, UNINTERPRETABLE, Label, write_labels
 
 
@@ -48,10 +48,7 @@ def annotate(run: Path, config: AnnotateConfig, progress: Progress = SILENT) -> 
 
 def _baseline(run: Path, config: AnnotateConfig) -> list[Label]:
     summary, analysis = read_analysis_summary(run), run / "analysis"
-    # sources of the same category are one category; a data set without categories is its own
-    names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]
-    categories = sorted(set(names))
-    member = np.array([[name == category for category in categories] for name in names], dtype=np.int64)
+    categories, member = source_categories(summary)
     latents = read_latents(run)
     return annotate_baseline(
         _activity(analysis, np.array(summary["documents_by_source"])).merged(member),

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from fastdiff.comparison.verdict import LabelledLatents, lean_rows, leans
 from fastdiff.errors import InputError
-from fastdiff.results.analysis import read_analysis_summary, read_latents
+from fastdiff.results.analysis import read_analysis_summary, read_latents, source_categories
 from fastdiff.results.verdict import Verdict
 
 LEAST_LIFT = 2.0
@@ -31,15 +31,12 @@ def activation_rows(run: Path, *, alpha: float) -> list[Verdict]:
         InputError: The analysis is missing, damaged, or of a version that did not measure this.
     """
     summary, directory = read_analysis_summary(run), run / "analysis"
-    # sources of the same category are one category; a data set without categories is its own
-    names = [source["category"] or source["dataset"] for source in summary["sources"]]
-    if not names:
+    if not summary["sources"]:
         return []
     if "energy_by_source" not in summary:
         raise InputError(f"{directory}: of an earlier version of fastdiff; run `fastdiff analyze {run}` again")
     latents = read_latents(run)
-    categories = sorted(set(names))
-    member = np.array([[name == category for category in categories] for name in names], dtype=np.int64)
+    categories, member = source_categories(summary)
     fired = load_file(directory / "firing.safetensors")
     labels = token_labels(
         fired["count_by_source"] @ member,

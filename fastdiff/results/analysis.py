@@ -65,6 +65,22 @@ def read_analysis_summary(run: Path) -> dict[str, Any]:
     return facts
 
 
+def source_categories(summary: Mapping[str, Any]) -> tuple[list[str], NDArray[np.int64]]:
+    """The categories of the text, and which sources belong to each.
+
+    Sources of the same category are one category; a data set without categories is its own.
+
+    Args:
+        summary: What `read_analysis_summary` gave.
+
+    Returns:
+        Names in order, and [sources, categories] of 0 and 1; a store without sources is "all text".
+    """
+    names = [source["category"] or source["dataset"] for source in summary["sources"]] or ["all text"]
+    categories = sorted(set(names))
+    return categories, np.array([[name == category for category in categories] for name in names], dtype=np.int64)
+
+
 def write_latents(run: Path, table: Mapping[str, NDArray[Any]]) -> None:
     """Write `latents.csv`, whole or not at all.
 
