@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 
 from fastdiff import rundir
 from fastdiff.errors import InputError
@@ -41,6 +41,7 @@ from fastdiff.results.statistics import (
     read_statistics,
 )
 from fastdiff.results.table import Table, read_table
+from fastdiff.results.validation import validated
 from fastdiff.results.verdict import read as read_verdict
 
 T = TypeVar("T", bound=BaseModel)
@@ -144,12 +145,7 @@ def _parsed(model: type[T], path: Path, schema: int, command: str) -> T:
 
 
 def _validated(model: type[T], value: Any, where: object) -> T:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {field}: {first['msg']}; run the stage that wrote it again") from error
+    return validated(model, value, where, "run the stage that wrote it again")
 
 
 def _category_rows(path: Path, table: Table) -> list[dict[str, Any]]:

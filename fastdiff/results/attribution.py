@@ -21,11 +21,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fastdiff.errors import InputError
+from fastdiff.results.validation import validated
 from fastdiff.rundir import atomic_path, canonical_json, read_json, write_json
 
 SCHEMA: Final = 1
@@ -177,12 +178,7 @@ def read_summary(directory: Path) -> Summary:
     """
     path = directory / SUMMARY
     facts = read_json(path, SCHEMA, f"fastdiff attribute {directory.parent}")
-    try:
-        return Summary.model_validate(facts)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {where}: {first['msg']}; {_again(directory)}") from error
+    return validated(Summary, facts, path, _again(directory))
 
 
 def read_attribution(directory: Path) -> Attribution:

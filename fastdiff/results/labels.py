@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fastdiff import rundir
 from fastdiff.errors import InputError
+from fastdiff.results.validation import validated
 
 DIRECTORY = "annotate"
 LABELS = "labels.jsonl"
@@ -64,14 +65,7 @@ def read_labels(run: Path) -> dict[int, Label]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON lines ({error})") from error
     for i, value in values:
-        try:
-            label = Label.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise InputError(
-                f"{path}: line {i}: {field}: {first['msg']}; run `fastdiff annotate {run}` again"
-            ) from error
+        label = validated(Label, value, f"{path}: line {i}", f"run `fastdiff annotate {run}` again")
         labels[label.latent] = label
     return labels
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fastdiff.errors import InputError
+from fastdiff.results.validation import validated
 from fastdiff.rundir import read_json
 
 CATEGORIES = "categories.csv"
@@ -89,12 +89,7 @@ def read_statistics(compare: Path) -> Statistics:
     """
     path = compare / STATISTICS
     value: Any = read_json(path, STATISTICS_SCHEMA, "fastdiff compare")
-    try:
-        return Statistics.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {field}: {first['msg']}; run the same `fastdiff compare` again") from error
+    return validated(Statistics, value, path, "run the same `fastdiff compare` again")
 
 
 def compared_runs(compare: Path) -> dict[str, Path]:

@@ -6,10 +6,10 @@ Nats are per scored token; positive means that the tuned model does better.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fastdiff import rundir
-from fastdiff.errors import InputError
+from fastdiff.results.validation import validated
 
 SCHEMA: Literal[1] = 1
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -146,12 +146,7 @@ def read(path: Path) -> VerdictFile:
         InputError: The file is missing, not JSON, of another schema, or not of this shape; names the remedy.
     """
     value = rundir.read_json(path, SCHEMA, "fastdiff compare")
-    try:
-        return VerdictFile.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {place}: {first['msg']}; run `fastdiff compare` again") from error
+    return validated(VerdictFile, value, path, "run `fastdiff compare` again")
 
 
 def facts(file: VerdictFile) -> dict[str, Any]:
