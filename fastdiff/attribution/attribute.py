@@ -37,6 +37,7 @@ from fastdiff.results.attribution import (
     BRANCHES,
     DIRECTORY,
     FEW_DOCUMENTS,
+    GAP_MOST,
     OUTPUTS,
     SCHEMA,
     SUMMARY,
@@ -50,9 +51,12 @@ from fastdiff.results.attribution import (
 from fastdiff.store.reader import ActivationStore
 
 _CALLER = "fastdiff attribute"
-# midpoints of the integral: a category takes more until its parts sum to L within this share
-_STEPS = (3, 6, 12)
-_GAP = 0.03
+# midpoints of the integral, one after the other while a category's parts do not sum to L
+_STEPS = (3, 6, 12, 24, 48, 96)
+# Up to as many for all documents of such a category that need them. Of more, only as many documents as take the same
+# time: those furthest off, whose loss bends sharply on the way, as where the models' attention sinks are not at the
+# same position.
+_STEPS_OF_ALL = 12
 # documents of each category where more would take too long
 _FEWER_DOCUMENTS = 12
 # of the time of a document with nats, what scoring it alone takes: 2 forward passes of about 22
@@ -218,6 +222,7 @@ class _Traced:
 
     places: NDArray[np.int64]
     parts: Parts
+    steps: NDArray[np.int64]
 
     @classmethod
     def empty(cls, places: NDArray[np.int64], n_seeds: int, dict_size: int) -> "_Traced":
@@ -226,10 +231,12 @@ class _Traced:
         latents, offset, error = per_seed
         layer, left_out, bos = (np.full(n, np.nan) for _ in range(3))
         nats = np.zeros((n_seeds, n, dict_size), np.float32)
-        return cls(places, Parts(np.full((n, 2), np.nan), layer, latents, offset, error, left_out, bos, nats))
+        parts = Parts(np.full((n, 2), np.nan), layer, latents, offset, error, left_out, bos, nats)
+        return cls(places, parts, np.zeros(n, np.int64))
 
-    def put(self, at: NDArray[np.int64], parts: Parts) -> None:
-        """Keep the parts of some documents."""
+    def put(self, at: NDArray[np.int64], parts: Parts, steps: int) -> None:
+        """Keep the parts of some documents, measured at so many midpoints."""
+        self.steps[at] = steps
         for name, whole in self.parts._asdict().items():
             part = getattr(parts, name)
             if name in ("latents", "offset", "error", "nats"):
@@ -282,7 +289,7 @@ class _Stage:
         places = self._predicted(self._choice.take(self._config.documents, behaviour))
         rest = np.setdiff1d(behaviour, places)
         with self._progress.task("attribute", self._n_tokens([*places, *rest]), "tokens") as task:
-            traced, steps, gap = self._trace(places, task)
+            traced, gap = self._trace(places, task)
             ce = self._score(rest, task)
         ce |= dict(zip(places.tolist(), traced.parts.ce, strict=True))
         self._say_what_lacks(places, gap)
@@ -293,7 +300,6 @@ class _Stage:
             scored=self._choice.scored,
             categories=[name for _, name in self._categories()],
             unigram_entropy={name: self._entropy(c) for c, name in self._categories()},
-            steps=steps,
             largest_gap=gap,
             too_short=int((~self._choice.eligible).sum()),
             documents=counts,
@@ -379,35 +385,42 @@ class _Stage:
         self._progress.say(
             f"attribute: about {_minutes(seconds)} and {memory / 1e9:.1f} GB for the nats of "
             f"{len(places)} documents and the cross entropy of {len(self._documents)}, over "
-            f"{len(self._categories())} categories{fewer}"
+            f"{len(self._categories())} categories{fewer}; at {_STEPS[0]} midpoints, "
+            "of which some documents may need more"
         )
         return places
 
-    def _trace(self, places: NDArray[np.int64], task: Task) -> tuple[_Traced, dict[str, int], float]:
-        """Parts of the documents, with as many midpoints as each category needs, and the largest gap that is left."""
+    def _trace(self, places: NDArray[np.int64], task: Task) -> tuple[_Traced, float]:
+        """Parts of the documents, with as many midpoints as each needs, and the largest gap that a category keeps."""
         traced = _Traced.empty(places, len(self._crosscoders), self._crosscoders[0].dict_size)
         row = {int(place): i for i, place in enumerate(places)}
-        code = self._choice.category[places]
-        steps, gaps = {}, {}
-        open_codes = sorted(set(code.tolist()))
-        for k in _STEPS:
-            wanted = places[np.isin(code, open_codes)]
-            for batch in batches(self._of(wanted), self._config.batch_tokens):
+        wanted = np.arange(len(places))
+        for k, more in zip(_STEPS, (*_STEPS[1:], None), strict=True):
+            for batch in batches(self._of(places[wanted]), self._config.batch_tokens):
                 for of, parts in self._measure(batch, k):
                     at = np.array([row[self._place[document.number]] for document in of.documents])
-                    traced.put(at, parts)
+                    traced.put(at, parts, k)
                 if k == _STEPS[0]:
                     task.advance(int(batch.mask.sum()))
-            total, layer = traced.parts.total(), traced.parts.layer
-            for c in open_codes:
-                mine = code == c
-                L = layer[mine].mean()
-                gaps[c] = float(abs(total[mine].mean() - L) / max(abs(L), self._config.tau))
-                steps[self._choice.categories[c]] = k
-            open_codes = [c for c in open_codes if gaps[c] > _GAP]
-            if not open_codes:
+            largest, wanted = self._rough(traced, more)
+            if not len(wanted):
                 break
-        return traced, steps, max(gaps.values())
+        return traced, largest
+
+    def _rough(self, traced: _Traced, more: int | None) -> tuple[float, NDArray[np.int64]]:
+        """The largest |Σ parts - L| / max(|L|, tau) of a category, and the documents to measure at `more` midpoints."""
+        layer, code = traced.parts.layer, self._choice.category[traced.places]
+        gap = traced.parts.total() - layer
+        largest, rough = 0.0, [np.empty(0, np.int64)]
+        for c in np.unique(code):
+            mine = np.flatnonzero(code == c)
+            whole = max(abs(layer[mine].mean()), self._config.tau)
+            largest = max(largest, float(abs(gap[mine].mean()) / whole))
+            if more and abs(gap[mine].mean()) > GAP_MOST * whole:
+                furthest = mine[np.argsort(-np.abs(gap[mine]), kind="stable")]
+                furthest = furthest[: math.ceil(len(mine) * min(1, _STEPS_OF_ALL / more))]
+                rough.append(furthest[np.abs(gap[furthest]) > GAP_MOST * whole])
+        return largest, np.sort(np.concatenate(rough))
 
     def _score(self, places: NDArray[np.int64], task: Task) -> dict[int, NDArray[np.float64]]:
         """Cross entropies (2,) of documents without nats, by place."""
@@ -446,6 +459,7 @@ class _Stage:
             scored=np.array([int(self._scored[int(i)].sum()) for i in behaviour], np.int64),
             ce=np.stack([ce[int(i)] for i in behaviour]),
             has_nats=has_nats,
+            steps=np.where(has_nats, spread(traced.steps), 0).astype(np.int64),
             layer=spread(parts.layer),
             latents=spread(parts.latents),
             offset=spread(parts.offset),
@@ -464,8 +478,11 @@ class _Stage:
         counts = {name: int((choice.category[places] == c).sum()) for c, name in self._categories()}
         if few := [name for name, n in counts.items() if n < FEW_DOCUMENTS]:
             say(f"attribute: fewer than {FEW_DOCUMENTS} documents: {', '.join(few)}")
-        if gap > _GAP:
-            say(f"attribute: the parts sum to L only within {gap:.1%}, even with {_STEPS[-1]} steps")
+        if gap > GAP_MOST:
+            say(
+                f"attribute: the parts sum to L only within {gap:.1%}, although the documents that are furthest off "
+                f"took {_STEPS[-1]} midpoints"
+            )
 
 
 def _minutes(seconds: float) -> str:

@@ -29,7 +29,7 @@ from fastdiff.errors import InputError
 from fastdiff.results.validation import validated
 from fastdiff.rundir import atomic_path, canonical_json, read_json, write_json
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 DIRECTORY = "attribution"
 SUMMARY, DOCUMENTS, LATENTS = "summary.json", "documents.safetensors", "latents.safetensors"
 # of an attribution that was checked
@@ -38,6 +38,8 @@ OUTPUTS = (DOCUMENTS, LATENTS, SUMMARY)
 BRANCHES = ("mlp_out", "attn_out")
 # below this many documents a category's verdict is "cannot tell"
 FEW_DOCUMENTS = 8
+# Σ parts = L within this share of max(|L|, tau), in the mean of each category
+GAP_MOST = 0.03
 
 
 class Summary(BaseModel):
@@ -56,7 +58,6 @@ class Summary(BaseModel):
         seeds: Of the crosscoders, in the order of S.
         categories: Names; documents refer to them by index.
         unigram_entropy: Of the scored tokens of each category, in nats, corrected for bias by Miller and Madow.
-        steps: Midpoints of the integral that each category took.
         largest_gap: Largest |Σ parts - L| / max(|L|, tau) of a category's means.
         tau: What counts as a change at all, in nats per token.
         too_short: Documents of the store that have fewer than two scored tokens; they are in no file.
@@ -68,7 +69,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
-    schema_version: Literal[1] = Field(SCHEMA, alias="schema")
+    schema_version: Literal[2] = Field(SCHEMA, alias="schema")
     state: Literal["checked", "not checked"]
     reason: str | None = None
     remedy: str | None = None
@@ -80,7 +81,6 @@ class Summary(BaseModel):
     seeds: list[int] = []
     categories: list[str] = []
     unigram_entropy: dict[str, float] = {}
-    steps: dict[str, int] = {}
     largest_gap: float | None = None
     tau: float
     too_short: int = 0
@@ -102,6 +102,7 @@ class DocumentTable:
         scored: (N,) its scored tokens.
         ce: (N, 2) cross entropy of base and tuned.
         has_nats: (N,) whether the rest is known.
+        steps: (N,) midpoints of the integral; 0 where a document has no nats.
         layer: (N,) L: what all that happens up to the layer changes.
         latents: (S, N) part of L that runs through the latents.
         offset: (S, N) part of the shift of the mean and of the decoder's bias.
@@ -117,6 +118,7 @@ class DocumentTable:
     scored: NDArray[np.int64]
     ce: NDArray[np.float64]
     has_nats: NDArray[np.bool_]
+    steps: NDArray[np.int64]
     layer: NDArray[np.float64]
     latents: NDArray[np.float64]
     offset: NDArray[np.float64]

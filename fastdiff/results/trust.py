@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from fastdiff.results.analysis import SUMMARY, read_analysis_summary
-from fastdiff.results.attribution import DIRECTORY, read_summary
+from fastdiff.results.attribution import DIRECTORY, GAP_MOST, read_summary
 from fastdiff.results.verdict import Comparison, VerdictFile
 from fastdiff.rundir import DONE, read_json
 
@@ -36,7 +36,6 @@ FVE_LEAST = 0.8
 NEVER_FIRED_MOST = 0.3
 SEEDS_LEAST = 3
 RECOVERED_LEAST = 0.9
-GAP_MOST = 0.03
 # the default of --tau, in nats: an A/A run that shows more has taken the place of it
 TAU = 0.05
 
@@ -227,7 +226,9 @@ def _attribution(run: Path, called: str) -> Check:
     says = f"The parts add up to the whole within {'an unknown share' if gap is None else f'{gap:.1%}'}."
     poor = gap is None or gap > GAP_MOST
     remedy = (
-        "read V of the category with the largest gap as rough; its midpoints were raised to the most" if poor else None
+        "read V of the category with the largest gap as rough; its documents took as many midpoints as they may"
+        if poor
+        else None
     )
     return Check(name="attribution", state="poor" if poor else "fine", says=says, remedy=remedy)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_runs import LAYER, make_run, make_store, save_model, tokenizer
+from tiny_runs import LAYER, Said, make_run, make_store, save_model, tokenizer
 
 from fastdiff import rundir
 from fastdiff.analysis.analyze import analyze
@@ -28,21 +28,6 @@ from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
 
 CONFIG = AttributeConfig(device="cpu")
-
-
-class Said:
-    """A progress that keeps its lines."""
-
-    def __init__(self):
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
-
-    def task(self, *args, **kwargs):
-        from fastdiff.progress import SILENT
-
-        return SILENT.task(*args, **kwargs)
 
 
 def hashes(run):
@@ -375,7 +360,7 @@ def test_the_command_prints_what_it_found(runs, tmp_path):
     assert means["V"] == pytest.approx([a + b for a, b in zip(means["latents"], means["offset"], strict=True)])
     assert "--enabled" not in invoke("attribute", "--help").output
     summary = run / "attribution" / "summary.json"
-    write_json(summary, {**read_json(summary, 1), "state": "perhaps"})
+    write_json(summary, {**read_json(summary, 2), "state": "perhaps"})
     assert invoke("attribute", run, "--device", "cpu").exit_code == 0
     assert read_summary(run / "attribution").state == "checked"
 

@@ -1,5 +1,7 @@
 """Signed nats against their definition: document by document, latent by latent, in float64, with plain hooks."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -130,8 +132,8 @@ def check(inputs, run, store_path, hook="resid_post", scored_of=None, pair=("bas
         ids, used = of[int(number)]
         scored = list(range(len(ids) - 1)) if scored_of is None else scored_of(int(number), ids)
         assert (table.scored[i], table.text[i]) == (len(scored), text_number(np.array(ids)))
-        steps = summary.steps[summary.categories[table.category[i]]]
-        want, _, _ = by_definition(base, tuned, crosscoders, ids, scored, used, steps)
+        assert (table.steps[i] > 0) == table.has_nats[i]
+        want, _, _ = by_definition(base, tuned, crosscoders, ids, scored, used, max(1, table.steps[i]))
         close = {"rel": 2e-4, "abs": 2e-6}
         assert table.ce[i].tolist() == pytest.approx(want["ce"], **close)
         if not table.has_nats[i]:
@@ -204,25 +206,53 @@ def test_parts_sum_to_the_layers_share_within_the_gap(runs):
     assert np.allclose(found.nats.astype(np.float64).sum(-1), table.latents[:, table.has_nats], atol=1e-5)
 
 
-def test_more_midpoints_where_the_gap_is_too_large(runs, monkeypatch, tmp_path):
-    _, run = runs(fresh=tmp_path / "run")
-    monkeypatch.setattr(module, "_GAP", 10.0)
+def gaps_of(found):
+    """What the parts of each document lack of L, the documents of each category, and what 3 % of it is taken of."""
+    table = found.documents
+    total = table.latents[0] + table.offset[0] + table.error[0] + table.left_out + table.bos
+    of = [np.flatnonzero((table.category == c) & table.has_nats) for c in range(len(found.summary.categories))]
+    return total - table.layer, of, [max(abs(table.layer[mine].mean()), found.summary.tau) for mine in of]
+
+
+def test_more_midpoints_for_the_documents_that_need_them(inputs, runs, monkeypatch, tmp_path):
+    store, run = runs(fresh=tmp_path / "run")
+    monkeypatch.setattr(module, "GAP_MOST", 10.0)
     attribute(run, CONFIG)
     first = read_attribution(run / "attribution")
-    assert set(first.summary.steps.values()) == {3}
-    table = first.documents
-    total = table.latents[0] + table.offset[0] + table.error[0] + table.left_out + table.bos
-    gaps = {}
-    for c, name in enumerate(first.summary.categories):
-        mine = (table.category == c) & table.has_nats
-        gaps[name] = abs(total[mine].mean() - table.layer[mine].mean()) / max(abs(table.layer[mine].mean()), 0.05)
-    worse, better = sorted(gaps, key=gaps.get, reverse=True)
-    assert gaps[worse] > gaps[better]
-    monkeypatch.setattr(module, "_GAP", (gaps[worse] + gaps[better]) / 2)
+    assert set(first.documents.steps) == {3}
+    gap, of, whole = gaps_of(first)
+    shares = [abs(gap[mine].mean()) / within for mine, within in zip(of, whole, strict=True)]
+    worse, better = np.argsort(shares)[::-1]
+    most = (shares[worse] + shares[better]) / 2
+    assert shares[worse] > most > shares[better]
+    monkeypatch.setattr(module, "GAP_MOST", most)
     attribute(run, AttributeConfig(device="cpu", tau=0.05000001))
-    again = read_attribution(run / "attribution")
-    assert again.summary.steps[better] == 3 and again.summary.steps[worse] > 3
+    again = check(inputs, run, store)
+    steps = again.documents.steps
+    # those that were close enough by themselves stay as they were
+    rough = np.abs(gap[of[worse]]) > most * whole[worse]
+    assert 0 < rough.sum() < len(rough)
+    assert (steps[of[worse]] > 3).tolist() == rough.tolist() and (steps[of[better]] == 3).all()
     assert again.summary.largest_gap < first.summary.largest_gap
+
+
+def test_beyond_12_midpoints_only_the_documents_that_are_furthest_off_take_more(inputs, runs, monkeypatch, tmp_path):
+    store, run = runs(fresh=tmp_path / "run")
+    monkeypatch.setattr(module, "GAP_MOST", 1e-9)
+
+    def up_to(most):
+        monkeypatch.setattr(module, "_STEPS", tuple(k for k in (3, 6, 12, 24, 48, 96) if k <= most))
+        attribute(run, AttributeConfig(device="cpu", tau=0.05 + most / 1e9))
+        return check(inputs, run, store)
+
+    at_12, at_24, at_96 = map(up_to, (12, 24, 96))
+    gap, of, _ = gaps_of(at_12)
+    for mine in of:
+        assert (at_12.documents.steps[mine] == 12).all()
+        more = at_24.documents.steps[mine] == 24
+        assert more.sum() == math.ceil(len(mine) / 2)
+        assert np.abs(gap[mine][more]).min() >= np.abs(gap[mine][~more]).max()
+        assert (at_96.documents.steps[mine] == 96).sum() == math.ceil(len(mine) / 8)
 
 
 def test_a_model_against_itself_gains_nothing(inputs, tmp_path):

@@ -62,7 +62,7 @@ def attributed(run, n=20, names=("a", "b")):
     table = DocumentTable(
         document=numbers, text=numbers, category=numbers // n, held_out=numbers < 0, scored=numbers * 0 + 9,
         ce=np.stack([2 + noise, np.full(2 * n, 2.0)], axis=1), has_nats=numbers >= 0, layer=noise,
-        latents=one + noise / 2, offset=one, error=one, left_out=noise * 0, bos=noise * 0,
+        steps=numbers * 0 + 3, latents=one + noise / 2, offset=one, error=one, left_out=noise * 0, bos=noise * 0,
     )  # fmt: skip
     summary = Summary(
         state="checked", tau=0.05, seeds=[0], categories=list(names), unigram_entropy=dict.fromkeys(names, 5.0),

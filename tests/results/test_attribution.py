@@ -27,6 +27,7 @@ def example() -> Attribution:
         scored=np.array([2, 7, 4]),
         ce=np.array([[1.0, 0.5], [2.0, 2.5], [3.0, 1.0]]),
         has_nats=np.array([True, True, False]),
+        steps=np.array([3, 12, 0]),
         layer=np.array([0.4, -0.3, nan]),
         latents=np.array([[0.25, -0.25, nan], [0.5, 0.125, nan]]),
         offset=np.array([[0.125, 0.5, nan], [0.25, 0.0, nan]]),
@@ -36,7 +37,7 @@ def example() -> Attribution:
     )
     summary = Summary(
         state="checked", models=["a", "b"], layer=3, hook="resid_post", seeds=[0, 4], categories=["x", "y"],
-        unigram_entropy={"x": 1.5, "y": 2.5}, steps={"x": 3, "y": 12}, largest_gap=0.02, tau=0.05, dict_size=4,
+        unigram_entropy={"x": 1.5, "y": 2.5}, largest_gap=0.02, tau=0.05, dict_size=4,
     )  # fmt: skip
     return Attribution(summary, table, np.arange(16, dtype=np.float32).reshape(2, 2, 4))
 
@@ -54,7 +55,7 @@ def test_it_comes_back_as_it_was_and_in_the_same_bytes(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     raw = load_file(tmp_path / "documents.safetensors")
     assert raw["held_out"].dtype == np.uint8 and raw["layer"].dtype == np.float64
-    assert read_json(tmp_path / "summary.json", 1)["schema"] == 1
+    assert read_json(tmp_path / "summary.json", 2)["schema"] == 2
 
 
 def test_means_of_categories():
@@ -92,8 +93,8 @@ def damage(path, name, change):
     ("harm", "message"),
     [
         (lambda p: (p / "summary.json").unlink(), "summary.json: no such file"),
-        (lambda p: write_json(p / "summary.json", {"schema": 2}), "schema 2"),
-        (lambda p: write_json(p / "summary.json", {"schema": 1, "state": "fine", "tau": 1}), "state: "),
+        (lambda p: write_json(p / "summary.json", {"schema": 3}), "schema 3"),
+        (lambda p: write_json(p / "summary.json", {"schema": 2, "state": "fine", "tau": 1}), "state: "),
         (lambda p: (p / "latents.safetensors").unlink(), "latents.safetensors: no such file"),
         (lambda p: (p / "documents.safetensors").write_bytes(b"x"), "not readable as safetensors"),
         (lambda p: damage(p, "documents.safetensors", lambda t: t.pop("bos")), "has no bos"),

@@ -31,7 +31,7 @@ def write_analysis(run: Path, **facts: Any) -> None:
 
 def write_attribution(run: Path, **facts: Any) -> None:
     directory = run / "attribution"
-    rundir.write_json(directory / "summary.json", {"schema": 1, "state": "checked", "tau": 0.05, **facts})
+    rundir.write_json(directory / "summary.json", {"schema": 2, "state": "checked", "tau": 0.05, **facts})
     rundir.finish(directory, "attribute", {}, {}, ["summary.json"])
 
 

@@ -38,6 +38,7 @@ def write_nats(
         scored=np.full(both, 9),
         ce=np.zeros((both, 2)),
         has_nats=np.tile([True, False], n),
+        steps=np.tile([3, 0], n),
         layer=zeros,
         latents=by_seed,
         offset=by_seed,

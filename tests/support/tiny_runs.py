@@ -10,6 +10,7 @@ from fastdiff.config import ExtractConfig, TrainConfig
 from fastdiff.crosscoder.train import train_seeds
 from fastdiff.extraction.harvest import extract
 from fastdiff.extraction.models import quiet
+from fastdiff.progress import SILENT
 
 D, LAYER, F = 24, 1, 20
 WORDS = {
@@ -20,6 +21,19 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}ask {{ m.content }} tell "
     "{% else %}{{ m.content }} end{% endif %}{% endfor %}"
 )
+
+
+class Said:
+    """A progress that keeps its lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def task(self, *args, **kwargs):
+        return SILENT.task(*args, **kwargs)
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
