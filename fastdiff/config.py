@@ -342,6 +342,11 @@ class AnalyzeConfig(StageConfig):
     stable_coactivation: float = Field(
         0.5, gt=0, le=1, description="Stable: and their activations a cosine of at least this."
     )
+    all_seeds: bool = Field(
+        True,
+        description="Also count the latents that one model alone has in the run's other crosscoders, for the table "
+        "over all seeds; a pass over the store for each.",
+    )
     splice: bool = Field(
         False, description="Also run the models on reconstructions: cross entropy, KL and loss recovered."
     )

@@ -171,7 +171,7 @@ class TestPrecedence:
         verdict = {"schema": 1, "tau": 0.05, "alpha": 0.05, "confidence": 0.95, "comparisons": comparisons}
 
         runs = [{"name": "r", "path": ".", "base": "a", "tuned": "b"}]
-        statistics = {"schema": 2, "kind": "pair", "alpha": 0.05, "confidence": 0.95, "runs": runs, "comparisons": []}
+        statistics = {"schema": 3, "kind": "pair", "alpha": 0.05, "confidence": 0.95, "runs": runs, "comparisons": []}
         statistics |= {"verdict": [], "method": ""}
 
         def pipeline(config, out, progress, **options):

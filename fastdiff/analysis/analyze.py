@@ -4,6 +4,7 @@
     latents.csv          one row per latent; `results.analysis.LATENT_COLUMNS` says what each column means
     summary.json         counts by class, `left_out` (rows out of use besides BOS), quality on held-out rows, Δ_norm
                          histogram, how many latents other seeds have too, `splice` (see there), what the columns mean
+    seeds.safetensors    latents that one model alone has, in the run's other crosscoders; see `fastdiff.results.seeds`
     firing.safetensors   count_by_source [F, S], documents_by_source [F, S], count_by_role [F, R], all int64; float64
                          [F, S] mean_by_source, squares_by_source, peaks_by_source, see `fastdiff.analysis.firing`
     examples.sqlite      see `fastdiff.analysis.examples`
@@ -18,24 +19,21 @@ at least half of the seeds have, "exclusive": latents of one model (by class or 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fastdiff import rundir
-from fastdiff.analysis.classes import CLASSES, classify, decoder_cosine, delta_norm, specific
-from fastdiff.analysis.concepts import concepts
+from fastdiff.analysis.classes import CLASSES
 from fastdiff.analysis.examples import display, write_examples
 from fastdiff.analysis.firing import Firing
-from fastdiff.analysis.scaling import TARGETS, ScalingSums, nu, unmatched_energy
+from fastdiff.analysis.measure import concepts_of_sides, latent_table, one_pass
+from fastdiff.analysis.other_seeds import other_seeds
 from fastdiff.analysis.stability import SAMPLE, stability
 from fastdiff.config import AnalyzeConfig
-from fastdiff.crosscoder.inputs import chosen_models
 from fastdiff.crosscoder.metrics import Quality
 from fastdiff.crosscoder.model import Crosscoder
 from fastdiff.crosscoder.rows import evaluation_rows, spread_rows
@@ -47,6 +45,7 @@ from fastdiff.errors import InputError
 from fastdiff.progress import SILENT, Progress
 from fastdiff.results.analysis import LATENT_COLUMNS, LATENTS, SUMMARY, SUMMARY_SCHEMA, write_latents
 from fastdiff.results.nats import LatentNats, read_latent_nats
+from fastdiff.results.seeds import SEEDS, write_seed_latents
 from fastdiff.store.reader import ActivationStore
 
 # tensors of firing.safetensors, attributes of `Firing`
@@ -58,7 +57,7 @@ TABLES = {
     "squares_by_source": "squares_by_source",
     "peaks_by_source": "peaks_by_source",
 }
-OUTPUTS = [LATENTS, SUMMARY, "firing.safetensors", "examples.sqlite"]
+OUTPUTS = [LATENTS, SUMMARY, "firing.safetensors", "examples.sqlite", SEEDS]
 # share of the cards that show latents both models have, as a control for the reader and the annotator
 _CONTROL_SHARE = 0.2
 _TOP_TOKENS = 5
@@ -135,11 +134,11 @@ def _analyze(
     rows = _usable(store, n_rows)
     # first: what it refuses should not cost a pass
     spliced = _splice(store, crosscoder, facts, config, progress) if config.splice else None
-    sums, firing, totals = _pass(store, crosscoder, n_rows, rows, config, progress)
-    table = _latent_table(crosscoder, sums, firing, len(rows), config)
+    sums, firing, totals = one_pass(store, crosscoder, n_rows, rows, config.batch_size, config.examples, progress)
+    table = latent_table(crosscoder, sums, firing, len(rows), config)
     table["top_tokens"] = _top_tokens(store, firing)
     table["stability"], stable = _stability(store, crosscoder, others, rows, table, config, progress)
-    table["concept"] = _concepts(store, crosscoder, rows, table, config, progress)
+    table["concept"] = concepts_of_sides(store, crosscoder, rows, table, config, progress)
     quality, held_out = _quality(store, crosscoder, facts, config)
     by_nats = [] if nats is None else nats.of_any_row()
     chosen = _choose(table, by_nats, config)
@@ -156,6 +155,8 @@ def _analyze(
     write_latents(target.parent, table)
     with rundir.atomic_path(target / "firing.safetensors") as temporary:
         save_file({name: getattr(firing, of) for name, of in TABLES.items()}, temporary)
+    others = others if config.all_seeds else {}
+    write_seed_latents(target, other_seeds(store, others, n_rows, rows, config, progress))
     delta, fired = table["delta_norm"], firing.count > 0
     counts, edges = np.histogram(delta[fired & np.isfinite(delta)], bins=40, range=(0, 1))
     rundir.write_json(
@@ -171,6 +172,7 @@ def _analyze(
             "specific": {side: int((table["specific"] == side).sum()) for side in ("base", "tuned")},
             "never_fired": int((~fired).sum()),
             "stability": stable,
+            "seeds": {"analysed": config.train_seed, "others": list(others)},
             "splice": spliced,
             "left_out": store.left_out_facts(),
             "by_nats": by_nats,
@@ -202,119 +204,6 @@ def _usable(store: ActivationStore, n_rows: int) -> NDArray[np.int64]:
     if not len(rows):
         raise InputError(f"{store.path}: no row to analyse among the first {n_rows}; raise --max-tokens")
     return rows
-
-
-def _pass(
-    store: ActivationStore,
-    crosscoder: Crosscoder,
-    n_rows: int,
-    rows: NDArray[np.int64],
-    config: AnalyzeConfig,
-    progress: Progress,
-) -> tuple[ScalingSums, Firing, dict[str, list[Any]]]:
-    """Read the first rows of the store once, in order, in batches of whole documents; `rows` are the usable ones.
-
-    Returns:
-        Scaling, firing, and by source: tokens [S], documents [S], energy [S][M], which is Σ‖x‖² of each model.
-    """
-    sources, roles = store.column("sources"), store.column("roles")
-    n_sources, n_roles = len(store.meta.sources or [None]), len(store.meta.roles or [None])
-    nothing = np.zeros(n_rows, np.int64)
-    sources = nothing if sources is None else sources[:n_rows].astype(np.int64)
-    roles = nothing if roles is None else roles[:n_rows].astype(np.int64)
-    documents = store.column("sequence_ids")
-    documents = np.arange(n_rows) if documents is None else documents[:n_rows]
-    usable = np.zeros(n_rows, bool)
-    usable[rows] = True
-    first_of_document = np.concatenate(([True], documents[1:] != documents[:-1]))
-    document_number = np.cumsum(first_of_document) - 1
-    tokens = np.bincount(document_number[usable], minlength=document_number[-1] + 1)
-    sums = ScalingSums.zeros(crosscoder.dict_size, store.n_models)
-    firing = Firing.zeros(crosscoder.dict_size, n_sources, n_roles, config.examples)
-    models = chosen_models(crosscoder.inputs, store.n_models)
-    energy = np.zeros((n_sources, len(models)))
-    norm = crosscoder.code_norm().detach().double()
-    W_dec, b_dec = crosscoder.W_dec.detach().double(), crosscoder.b_dec.detach().double()
-    with progress.task("analyze", n_rows, "tokens") as task:
-        for start, stop in _document_batches(documents, config.batch_size):
-            batch = store.slice(start, stop)[torch.from_numpy(usable[start:stop])]
-            at = start + np.flatnonzero(usable[start:stop])
-            x = crosscoder.normalize(batch)
-            finite = torch.isfinite(x).flatten(1).all(dim=1)
-            if not bool(finite.all()):
-                row = at[int((~finite).nonzero()[0])]
-                raise InputError(f"{store.path}: row {row} holds NaN or infinity; extract it again")
-            np.add.at(energy, sources[at], batch[:, models].double().square().sum(dim=-1).numpy())
-            values, selection = crosscoder.encode(x)
-            sums.add(W_dec, b_dec, x, values, selection)
-            row = at[selection.row.cpu().numpy()]
-            firing.add(
-                latent=selection.col.cpu().numpy(),
-                value=(values.double() * norm[selection.col]).cpu().numpy(),
-                row=row,
-                document=documents[row],
-                source=sources[row],
-                role=roles[row],
-                tokens=tokens[document_number[row]],
-            )
-            task.advance(stop - start)
-    totals = {
-        "tokens": np.bincount(sources[usable], minlength=n_sources).tolist(),
-        "documents": np.bincount(sources[first_of_document], minlength=n_sources).tolist(),
-        "energy": energy.tolist(),
-    }
-    return sums, firing, totals
-
-
-def _document_batches(documents: np.ndarray, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at least `batch_size` rows that end where a document ends."""
-    ends = np.concatenate((np.flatnonzero(np.diff(documents)) + 1, [len(documents)]))
-    start = 0
-    while start < len(documents):
-        stop = int(ends[np.searchsorted(ends, min(start + batch_size, len(documents)))])
-        yield start, stop
-        start = stop
-
-
-def _latent_table(
-    crosscoder: Crosscoder, sums: ScalingSums, firing: Firing, n_tokens: int, config: AnalyzeConfig
-) -> dict[str, np.ndarray]:
-    """The columns of latents.csv."""
-    W_dec = crosscoder.W_dec.detach().cpu()
-    delta = delta_norm(W_dec)
-    betas = sums.betas(W_dec)
-    ratio = {target: nu(betas[target], delta).numpy() for target in TARGETS}
-    norms = W_dec.double().norm(dim=-1).numpy()
-    F = crosscoder.dict_size
-    table = {
-        "latent": np.arange(F),
-        "class": classify(delta.numpy()),
-        "delta_norm": delta.numpy(),
-        "cosine": decoder_cosine(W_dec).numpy(),
-        **{f"nu_{target}": ratio[target] for target in TARGETS},
-        "norm_base": norms[:, 0],
-        "norm_tuned": norms[:, 1],
-        "frequency": firing.count / n_tokens,
-        "count": firing.count,
-        "max_activation": firing.largest,
-        "label": np.full(F, ""),
-        "category": np.full(F, ""),
-        "specific": specific(
-            delta.numpy(),
-            ratio["error"],
-            ratio["reconstruction"],
-            nu_error_max=config.nu_error_max,
-            nu_reconstruction_max=config.nu_reconstruction_max,
-        ),
-    }
-    along = (delta >= 0.5).long()
-    for target in TARGETS:
-        picked = betas[target][torch.arange(F), along].numpy()  # [F, 2 models]
-        table[f"beta_{target}_base"], table[f"beta_{target}_tuned"] = picked[:, 0], picked[:, 1]
-    table["unmatched"] = unmatched_energy(betas["error"], W_dec).numpy()
-    with np.errstate(invalid="ignore"):
-        table["mean_activation"] = firing.total / firing.count
-    return table
 
 
 def _top_tokens(store: ActivationStore, firing: Firing) -> np.ndarray:
@@ -364,24 +253,6 @@ def _stability(
     )
     thresholds = {"min_cosine": config.stable_cosine, "min_coactivation": config.stable_coactivation}
     return share, {"seeds": list(others), "tokens": len(rows), **thresholds, **counts}
-
-
-def _concepts(
-    store: ActivationStore,
-    crosscoder: Crosscoder,
-    rows: NDArray[np.int64],
-    table: dict[str, np.ndarray],
-    config: AnalyzeConfig,
-    progress: Progress,
-) -> np.ndarray:
-    """The column, of each side apart."""
-    sample, found = spread_rows(rows, SAMPLE), np.full(crosscoder.dict_size, -1)
-    for side in ("base", "tuned"):
-        members = table["specific"] == side
-        if members.any():
-            of = concepts(crosscoder, store, sample, members, batch_size=config.batch_size, progress=progress)
-            found[members] = of[members]
-    return np.array([str(number) if number >= 0 else "" for number in found])
 
 
 def _exclusive(table: dict[str, np.ndarray], side: str) -> np.ndarray:

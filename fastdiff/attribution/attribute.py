@@ -445,7 +445,7 @@ class _Stage:
         has_nats = np.isin(behaviour, traced.places)
         present = [c for c, _ in self._categories()]
 
-        def spread(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        def spread(values: NDArray[Any]) -> NDArray[np.float64]:
             whole = np.full((*values.shape[:-1], len(behaviour)), np.nan)
             whole[..., has_nats] = values
             return whole

@@ -6,6 +6,7 @@ gained over the base is compared with what the other did, and likewise what each
 
     <dir>/compare/verdict.json        what was gained and lost, by behaviour and nats; see `fastdiff.results.verdict`
     <dir>/compare/categories.csv      the paper's view, by specific latents: one row per comparison and category
+    <dir>/compare/seeds.csv           its counts in the crosscoder of each seed
     <dir>/compare/statistics.json     its sides, totals, sentences and method
 """
 
@@ -15,23 +16,33 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdiff import rundir
 from fastdiff.comparison.activations import activation_rows
 from fastdiff.comparison.evidence import attribution_inputs, run_evidence, verdict_file
+from fastdiff.comparison.pooling import Pooled, Sides, overdispersion, pool
 from fastdiff.comparison.statistics import Difference, compare_shares, design_effect
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.progress import SILENT, Progress
 from fastdiff.results.analysis import read_analysis_summary, read_latents
 from fastdiff.results.labels import UNINTERPRETABLE, UNLABELLED, read_labels, require_labelled
-from fastdiff.results.statistics import CATEGORIES, CATEGORY_NUMBERS, CATEGORY_TEXT, STATISTICS, STATISTICS_SCHEMA
+from fastdiff.results.seeds import SIDES, read_seed_labels
+from fastdiff.results.statistics import (
+    BY_SEED,
+    BY_SEED_COLUMNS,
+    CATEGORIES,
+    CATEGORY_NUMBERS,
+    CATEGORY_TEXT,
+    STATISTICS,
+    STATISTICS_SCHEMA,
+)
 from fastdiff.results.verdict import SCHEMA as VERDICT_SCHEMA
 from fastdiff.results.verdict import write as write_verdict
 
 COLUMNS = (*CATEGORY_TEXT, *CATEGORY_NUMBERS)
-OUTPUTS = [CATEGORIES, STATISTICS, "verdict.json"]
+OUTPUTS = [CATEGORIES, BY_SEED, STATISTICS, "verdict.json"]
 _NO_CATEGORY = (UNINTERPRETABLE, UNLABELLED)
 
 
@@ -42,12 +53,25 @@ class LatentSet:
     name: str
     counts: Counter[str]
     mass: dict[str, float]  # Σ count · mean activation
-    deff: float  # design effect of its concepts
+    concepts: list[int]  # how many of the latents each concept has
+    seeds: dict[int, "SeedSet"]  # the same side in the crosscoder of every seed, the analysed one too
 
     @property
     def total(self) -> int:
         """All latents of the set, whatever their label."""
         return self.counts.total()
+
+    @property
+    def deff(self) -> float:
+        """Design effect of its concepts."""
+        return design_effect(self.concepts)
+
+
+class SeedSet(NamedTuple):
+    """Exclusive latents of one model in the crosscoder of one seed: how many of each category, and of each concept."""
+
+    counts: Counter[str]
+    concepts: list[int]
 
 
 @dataclass(frozen=True)
@@ -62,6 +86,16 @@ class Comparison:
     less: str
     differences: list[Difference]
     runs: list[str]  # whose latents are compared
+    seeds: dict[int, Sides]
+    phi: tuple[float, float]  # of A and B; NaN where it cannot be told
+    pooled: dict[str, Pooled]
+
+    def significant(self, difference: Difference, alpha: float) -> bool:
+        """Whether a category differs: in all seeds and their sum, or, if there is one seed only, in its two tests."""
+        if len(self.seeds) > 1:
+            pooled = self.pooled[difference.category]
+            return pooled.agrees and pooled.q < alpha
+        return difference.q < alpha and difference.q_concepts < alpha
 
 
 def compare(
@@ -135,6 +169,7 @@ def compare(
             sides = [_exclusive(run) for run in runs]
             comparisons = _comparisons(names, facts, sides, config)
             rundir.write_text(target / CATEGORIES, _csv(comparisons, config))
+            rundir.write_text(target / BY_SEED, _seeds_csv(comparisons))
             described = [
                 {"name": name, "path": path, "base": fact["base"], "tuned": fact["tuned"]}
                 for name, path, fact in zip(names, paths, facts, strict=True)
@@ -209,19 +244,44 @@ def _exclusive(run: Path) -> dict[str, LatentSet]:
         for side in counts:  # every category is in the table, also where nothing changed
             counts[side][category] += 0
     latents = read_latents(run)
-    sizes: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
+    analysed, seeds = _other_seeds(run)
+    concepts: dict[str, Counter[str]] = {"base": Counter(), "tuned": Counter()}
     weights = latents.numbers("count") * latents.numbers("mean_activation")
     concept = latents.text("concept")
     for latent, side in enumerate(latents.text("specific")):
         if not side:
             continue
-        sizes[side][concept[latent] or str(latent)] += 1
+        concepts[side][concept[latent] or str(latent)] += 1
         category = labels[latent].category if latent in labels else UNLABELLED
         counts[side][category] += 1
         mass[side][category] = mass[side].get(category, 0.0) + float(weights[latent])
-    return {
-        side: LatentSet(side, counts[side], mass[side], design_effect(list(sizes[side].values()))) for side in counts
-    }
+    found = {}
+    for side in counts:
+        sizes = list(concepts[side].values())
+        of = {analysed: SeedSet(counts[side], sizes)} | {seed: sets[side] for seed, sets in seeds.items()}
+        found[side] = LatentSet(side, counts[side], mass[side], sizes, dict(sorted(of.items())))
+    return found
+
+
+def _other_seeds(run: Path) -> tuple[int, dict[int, dict[str, SeedSet]]]:
+    """The seed that was analysed, and the exclusive latents of each model in the crosscoders of the others.
+
+    Raises:
+        InputError: The labels are of a version that knew one seed only, or damaged.
+    """
+    facts = read_analysis_summary(run).get("seeds")
+    labels = read_seed_labels(run)
+    if facts is None:
+        raise InputError(f"{run / 'analysis'}: does not say which seeds it counted; run `fastdiff analyze {run}` again")
+    found: dict[int, dict[str, SeedSet]] = {}
+    for seed in facts["others"]:
+        found[seed] = {}
+        for side in SIDES:
+            mine = [label for label in labels if (label.seed, label.specific) == (seed, side)]
+            concepts = Counter(label.concept for label in mine)
+            categories = Counter(label.category or UNLABELLED for label in mine)
+            found[seed][side] = SeedSet(categories, list(concepts.values()))
+    return facts["analysed"], found
 
 
 def _comparisons(
@@ -280,7 +340,14 @@ def _compare_sets(
         deff_a=a.deff,
         deff_b=b.deff,
     )
-    return Comparison(name, a, b, explanation, more, less, differences, runs)
+    seeds = {seed: Sides(a.seeds[seed].counts, b.seeds[seed].counts) for seed in a.seeds if seed in b.seeds}
+    phi, excess = [], []
+    for i, side in enumerate((a, b)):
+        phi.append(overdispersion([of[i] for of in seeds.values()]))
+        deff = design_effect([size for seed in seeds for size in side.seeds[seed].concepts])
+        excess.append(max(1.0, deff, 0.0 if math.isnan(phi[i]) else phi[i]))
+    pooled = pool(list(seeds.values()), untested=_NO_CATEGORY, excess_a=excess[0], excess_b=excess[1])
+    return Comparison(name, a, b, explanation, more, less, differences, runs, seeds, (phi[0], phi[1]), pooled)
 
 
 def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
@@ -304,6 +371,9 @@ def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
                 "mass_a": _share(a.mass, d.category),
                 "mass_b": _share(b.mass, d.category),
             }
+            over_seeds = comparison.pooled[d.category] if len(comparison.seeds) > 1 else None
+            if over_seeds is not None:
+                numbers |= {"pooled_p": over_seeds.p, "pooled_q": over_seeds.q}
             cells = {
                 "comparison": _quoted(comparison.name),
                 "category": _quoted(d.category),
@@ -313,10 +383,30 @@ def _csv(comparisons: list[Comparison], config: CompareConfig) -> str:
                 "total_a": d.total_a,
                 "count_b": d.count_b,
                 "total_b": d.total_b,
-                "significant": int(d.q < config.alpha and d.q_concepts < config.alpha),
+                "significant": int(comparison.significant(d, config.alpha)),
                 **{name: f"{value:.6g}" if math.isfinite(value) else "" for name, value in numbers.items()},
             }
-            lines.append(",".join(str(cells[column]) for column in COLUMNS))
+            if over_seeds is not None:
+                cells |= {"signs": over_seeds.signs}
+                for side in ("a", "b"):
+                    for name in ("count", "total"):
+                        cells[f"pooled_{name}_{side}"] = getattr(over_seeds, f"{name}_{side}")
+            # what only several seeds can tell is empty with one
+            lines.append(",".join(str(cells.get(column, "")) for column in COLUMNS))
+    return "\n".join(lines) + "\n"
+
+
+def _seeds_csv(comparisons: list[Comparison]) -> str:
+    lines = [",".join(BY_SEED_COLUMNS)]
+    for comparison in comparisons:
+        for seed, (a, b) in comparison.seeds.items():
+            total_a, total_b = a.total(), b.total()
+            for category in sorted(comparison.pooled):
+                points = ""
+                if total_a and total_b:
+                    points = f"{100 * (b[category] / total_b - a[category] / total_a):.6g}"
+                row = (seed, _quoted(category), a[category], total_a, b[category], total_b, points)
+                lines.append(",".join(map(str, (_quoted(comparison.name), *row))))
     return "\n".join(lines) + "\n"
 
 
@@ -349,6 +439,9 @@ def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], confi
                 "unlabelled_b": c.b.counts[UNLABELLED] + c.b.counts[UNINTERPRETABLE],
                 "deff_a": c.a.deff,
                 "deff_b": c.b.deff,
+                "seeds": list(c.seeds),
+                "phi_a": None if math.isnan(c.phi[0]) else c.phi[0],
+                "phi_b": None if math.isnan(c.phi[1]) else c.phi[1],
                 "n_categories": _n_categories(c),
                 "explanation": c.explanation,
             }
@@ -358,11 +451,14 @@ def _statistics(comparisons: list[Comparison], runs: list[dict[str, str]], confi
         "method": (
             "A latent counts for the model that alone has it by latent scaling (column `specific`). A "
             "category's share of one side's latents is compared with its share of the other's: Fisher's "
-            "exact test, two-sided, with Benjamini-Hochberg over the categories of a comparison "
-            f"(significant: q < {config.alpha:g}, also with all counts divided by the design effects of the "
-            f"sides' concepts); {100 * config.confidence:g} % intervals by Newcombe. Unlabelled and "
-            "uninterpretable latents stay in the denominators and are not tested. The latents are those of one "
-            "crosscoder: another seed gives others."
+            "exact test, two-sided, with Benjamini-Hochberg over the categories of a comparison, and again with all "
+            "counts divided by the design effects of the sides' concepts; "
+            f"{100 * config.confidence:g} % intervals by Newcombe. Unlabelled and uninterpretable latents stay in the "
+            "denominators and are not tested. Counts, shares and intervals are those of one crosscoder. Where several "
+            f"seeds were counted, a category is significant if every seed gives its difference the same sign and q < "
+            f"{config.alpha:g} for the sums over the seeds, divided by what they vary more than independent latents "
+            f"would; with one seed, if both tests give q < {config.alpha:g}. Seeds draw the dictionary anew, not the "
+            "models and not the text."
         ),
     }
 
@@ -377,7 +473,7 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
     if a.total == 0 or b.total == 0:
         empty = a.name if a.total == 0 else b.name
         return [f"{comparison.name}: no latent is {empty!r}, so categories cannot be compared."]
-    real = [d for d in comparison.differences if d.q < config.alpha and d.q_concepts < config.alpha]
+    real = [d for d in comparison.differences if comparison.significant(d, config.alpha)]
     sentences = []
     for words, chosen in (
         (comparison.more, [d for d in real if d.delta_points > 0]),
@@ -385,7 +481,7 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
     ):
         if chosen:
             listed = "; ".join(
-                f"{d.category} ({d.count_b}/{b.total} against {d.count_a}/{a.total} latents, q = {d.q:.1g}"
+                f"{d.category} ({_counted(comparison, d)}"
                 f"{f'; its {composition}' if (composition := d.composition) else ''})"
                 for d in chosen
             )
@@ -397,8 +493,20 @@ def _verdict(comparison: Comparison, config: CompareConfig) -> list[str]:
             "extract it with --category-field."
         ]
     if not sentences:
+        seeds = f"{len(comparison.seeds)} seeds, " if len(comparison.seeds) > 1 else ""
         sentences.append(
-            f"{comparison.name}: no category differs beyond noise (q < {config.alpha:g}, {n} categories, "
+            f"{comparison.name}: no category differs beyond noise (q < {config.alpha:g}, {n} categories, {seeds}"
             f"{b.total} latents against {a.total})."
         )
     return sentences
+
+
+def _counted(comparison: Comparison, d: Difference) -> str:
+    counts = f"{d.count_b}/{comparison.b.total} against {d.count_a}/{comparison.a.total} latents"
+    if len(comparison.seeds) < 2:
+        return f"{counts}, q = {d.q:.1g}"
+    pooled = comparison.pooled[d.category]
+    return (
+        f"{counts}; in {len(comparison.seeds)} seeds {pooled.count_b}/{pooled.total_b} against "
+        f"{pooled.count_a}/{pooled.total_a}, signs {pooled.signs}, q = {pooled.q:.1g}"
+    )

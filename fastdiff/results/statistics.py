@@ -9,14 +9,18 @@ from fastdiff.results.validation import validated
 from fastdiff.rundir import read_json
 
 CATEGORIES = "categories.csv"
-CATEGORY_TEXT = ("comparison", "category", "side_a", "side_b")
+CATEGORY_TEXT = ("comparison", "category", "side_a", "side_b", "signs")
 CATEGORY_NUMBERS = (
     *("count_a", "total_a", "share_a", "count_b", "total_b", "share_b"),
     *("delta_percent", "percent_low", "percent_high", "delta_points", "points_low", "points_high"),
-    *("p", "q", "q_concepts", "detectable_ratio", "mass_a", "mass_b", "significant"),
+    *("p", "q", "q_concepts", "detectable_ratio", "mass_a", "mass_b"),
+    *("pooled_count_a", "pooled_total_a", "pooled_count_b", "pooled_total_b", "pooled_p", "pooled_q", "significant"),
 )
+# the same counts, a row per comparison, seed and category
+BY_SEED = "seeds.csv"
+BY_SEED_COLUMNS = ("comparison", "seed", "category", "count_a", "total_a", "count_b", "total_b", "delta_points")
 STATISTICS = "statistics.json"
-STATISTICS_SCHEMA: Final = 2
+STATISTICS_SCHEMA: Final = 3
 TRUTH_SCHEMA = 1
 
 
@@ -47,6 +51,9 @@ class Family(_Model):
         unlabelled_b: Likewise.
         deff_a: Design effect of that side's concepts: its latents count as so many times fewer.
         deff_b: Likewise.
+        seeds: Of the crosscoders that were counted, in the order of the signs; of two runs those that both have.
+        phi_a: Overdispersion of that side's latents over the seeds; None where it cannot be told.
+        phi_b: Likewise.
         n_categories: That were tested.
         explanation: In a sentence.
     """
@@ -61,6 +68,9 @@ class Family(_Model):
     unlabelled_b: int
     deff_a: float
     deff_b: float
+    seeds: list[int]
+    phi_a: float | None
+    phi_b: float | None
     n_categories: int
     explanation: str
 
@@ -68,7 +78,7 @@ class Family(_Model):
 class Statistics(_Model):
     """`statistics.json`."""
 
-    schema_: Literal[2] = Field(STATISTICS_SCHEMA, alias="schema")
+    schema_: Literal[3] = Field(STATISTICS_SCHEMA, alias="schema")
     kind: Literal["pair", "triangulated"]
     alpha: float
     confidence: float

@@ -1,6 +1,5 @@
 """The analysis stage on planted activations: right answers, right files, skipped when done."""
 
-import csv
 import json
 import shutil
 import sqlite3
@@ -9,54 +8,18 @@ import numpy as np
 import pytest
 import torch
 from attributions import write_nats
+from planted_runs import LENGTH, small_config, table, write_store
 from safetensors.numpy import load_file
 
 from fastdiff import rundir
 from fastdiff.analysis.analyze import analyze
-from fastdiff.config import AnalyzeConfig, TrainConfig
+from fastdiff.config import AnalyzeConfig
 from fastdiff.crosscoder.saved import load_crosscoder
 from fastdiff.crosscoder.train import train
 from fastdiff.demo.planted import planted_activations, recovered
 from fastdiff.errors import InputError
 from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
 from fastdiff.store.reader import ActivationStore
-from fastdiff.store.writer import StoreWriter
-
-LENGTH = 20  # tokens of a document
-
-
-def write_store(path, activations, **meta):
-    n, M, d_model = activations.shape
-    i = np.arange(n)
-    meta = {
-        "models": [{"name": "base"}, {"name": "tuned"}],
-        "roles": ["text", "bos"],
-        "sources": [{"dataset": "d", "category": "x"}, {"dataset": "d", "category": "y"}],
-        **meta,
-    }
-    with StoreWriter(path, n_rows=n, n_models=M, d_model=d_model, dtype="float32", shard_rows=n, meta=meta) as w:
-        w.append(
-            activations,
-            token_ids=i % 97,
-            sequence_ids=i // LENGTH,
-            positions=i % LENGTH,
-            roles=i * 0,
-            sources=i // LENGTH % 2,
-        )
-    return path
-
-
-def small_config(**changes) -> TrainConfig:
-    values = {
-        "dict_size": 64,
-        "k": 4,
-        "steps": 300,
-        "batch_size": 256,
-        "lr": 2e-3,
-        "dead_tokens": 20_000,
-        "threads": 1,
-    }
-    return TrainConfig(**(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +32,6 @@ def finished(tmp_path_factory):
     train(store, folder / "run", small_config())
     analyze(folder / "run", AnalyzeConfig(batch_size=512, examples=3, context=4))
     return folder
-
-
-def table(run):
-    with (run / "analysis" / "latents.csv").open(newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def test_the_table_has_one_row_per_latent_and_the_promised_columns(finished):

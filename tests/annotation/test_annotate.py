@@ -14,6 +14,7 @@ from fastdiff.config import AnnotateConfig
 from fastdiff.errors import InputError, LockedError
 from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
 from fastdiff.results.labels import UNINTERPRETABLE, read_labels
+from fastdiff.results.seeds import SeedLatents, write_seed_latents
 
 CONFIG = AnnotateConfig()
 SOURCES = [("a.jsonl", "code"), ("b.jsonl", "law"), ("b.jsonl", "code"), ("plain.txt", None)]
@@ -23,7 +24,9 @@ TABLES = ("count_by_source", "documents_by_source", "mean_by_source", "squares_b
 COUNT = [400, 100, 80, 900, 9]
 
 
-def analysis(run, *, sources=SOURCES, documents=DOCUMENTS, fired=FIRED, count=COUNT, tokens=None, by_nats=()):
+def analysis(
+    run, *, sources=SOURCES, documents=DOCUMENTS, fired=FIRED, count=COUNT, tokens=None, by_nats=(), seeds=None
+):
     """A finished analysis with the columns and files that annotation reads; all firings are equally strong."""
     directory = run / "analysis"
     rundir.begin(directory)
@@ -44,6 +47,7 @@ def analysis(run, *, sources=SOURCES, documents=DOCUMENTS, fired=FIRED, count=CO
     tables = {name: table if name.startswith(("count", "documents")) else table.astype(float) for name in TABLES}
     save_file(tables, directory / "firing.safetensors")
     (directory / "examples.sqlite").write_bytes(b"")
+    write_seed_latents(directory, seeds or SeedLatents.none(len(documents)))
     rundir.finish(directory, "analyze", {}, {"model": "0"}, OUTPUTS)
     return run
 

@@ -17,17 +17,18 @@ from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, LockedError, OptionError
 from fastdiff.results.analysis import LATENT_COLUMNS as COLUMNS
 from fastdiff.results.labels import UNINTERPRETABLE
+from fastdiff.results.seeds import SeedLabel, write_seed_labels
 
 CONFIG = CompareConfig()
 HEADER = (
-    "comparison,category,side_a,side_b,count_a,total_a,share_a,count_b,total_b,share_b,delta_percent,percent_low,"
+    "comparison,category,side_a,side_b,signs,count_a,total_a,share_a,count_b,total_b,share_b,delta_percent,percent_low,"
     "percent_high,delta_points,points_low,points_high,p,q,q_concepts,detectable_ratio,"
-    "mass_a,mass_b,significant"
+    "mass_a,mass_b,pooled_count_a,pooled_total_a,pooled_count_b,pooled_total_b,pooled_p,pooled_q,significant"
 )
 
 
-def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=None):
-    """A finished, annotated run. `latents` are (specific, category or None, how many)."""
+def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=None, seeds=None):
+    """A finished, annotated run. `latents` are (specific, category or None, how many), those of other `seeds` too."""
     analysis, target = run / "analysis", run / "annotate"
     rundir.begin(analysis)
     labels, n = [], 0
@@ -42,9 +43,9 @@ def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=Non
                     labels.append({"latent": n, "label": "", "category": category, "confidence": 1.0})
                 n += 1
     models = [{"name": base, "revision": None, "weights_sha256": weights}, {"name": tuned, "revision": None}]
-    rundir.write_json(
-        analysis / "summary.json", {"schema": 1, "models": models, "sources": [], "energy_by_source": [], **QUALITY}
-    )
+    facts = {"schema": 1, "models": models, "sources": [], "energy_by_source": [], **QUALITY}
+    facts["seeds"] = {"analysed": 0, "others": list(seeds or {})}
+    rundir.write_json(analysis / "summary.json", facts)
     for name in OUTPUTS[2:]:
         (analysis / name).write_bytes(b"")
     rundir.finish(analysis, "analyze", {}, {"store": rundir.sha256_text(base)}, OUTPUTS)
@@ -52,7 +53,13 @@ def fake_run(run, latents, *, base="models/base", tuned="models/it", weights=Non
     rundir.begin(target)
     lines = [json.dumps({**label, "annotator": "x", "top_tokens": []}, ensure_ascii=False) + "\n" for label in labels]
     rundir.write_text(target / "labels.jsonl", "".join(lines))
-    rundir.finish(target, "annotate", {}, done["outputs"], ["labels.jsonl"])
+    rows = [
+        SeedLabel(seed, i, side, i, category or "")
+        for seed, of in (seeds or {}).items()
+        for i, (side, category) in enumerate((side, category) for side, category, n in of for _ in range(n) if side)
+    ]
+    write_seed_labels(run, rows)
+    rundir.finish(target, "annotate", {}, done["outputs"], ["labels.jsonl", "seeds.csv"])
     return run
 
 
@@ -144,16 +151,16 @@ class TestOneRun:
             assert float(row["mass_b"]) == pytest.approx(masses["tuned"][category] / masses["tuned"].total(), rel=1e-5)
 
     def test_the_verdict_names_what_changed_and_which_way(self, run):
-        gained, lost = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
+        gained, lost = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
         assert gained.startswith("Gained from base to it: law (30/49 against 5/66 latents, q = ")
         assert lost.startswith("Lost from base to it: code (4/49 against 40/66 latents, q = ")
         for sentence in (gained, lost):
             assert "math" not in sentence and "unlabelled" not in sentence and "\n" not in sentence
 
     def test_statistics_say_what_was_compared(self, run):
-        found = rundir.read_json(run / "compare" / "statistics.json", 2)
+        found = rundir.read_json(run / "compare" / "statistics.json", 3)
         assert (found["schema"], found["kind"], found["alpha"], found["confidence"]) == (
-            2,
+            3,
             "pair",
             0.05,
             0.95,
@@ -173,7 +180,7 @@ def test_swapped_models_turn_gains_into_losses(tmp_path):
     other = {"base": "tuned", "tuned": "base", "": ""}
     run = fake_run(tmp_path / "r", [(other[side], category, n) for side, category, n in CHANGED])
     compare([run], run, CONFIG)
-    gained, lost = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
+    gained, lost = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
     assert "Gained from base to it: code (40/66 against 4/49" in gained
     assert "Lost from base to it: law (5/66 against 30/49" in lost
 
@@ -181,7 +188,7 @@ def test_swapped_models_turn_gains_into_losses(tmp_path):
 def test_equal_sides_do_not_differ(tmp_path):
     run = fake_run(tmp_path / "r", SAME)
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
     assert sentence == ("base→tuned: no category differs beyond noise (q < 0.05, 3 categories, 40 latents against 40).")
 
 
@@ -189,7 +196,7 @@ def test_equal_sides_do_not_differ(tmp_path):
 def test_a_side_without_latents_is_said_so(tmp_path, side, empty):
     run = fake_run(tmp_path / "r", [(side, "code", 5), ("", "law", 3)])
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
     assert repr(empty) in sentence and "cannot be compared" in sentence
     row = table(run)["base→tuned", "code"]
     assert row["delta_points"] == "" and row["q"] == "1" and row["significant"] == "0"
@@ -199,13 +206,13 @@ def test_no_latents_at_all(tmp_path):
     run = fake_run(tmp_path / "r", [("", None, 3)])
     compare([run], run, CONFIG)
     assert table(run) == {}
-    assert "cannot be compared" in rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"][0]
+    assert "cannot be compared" in rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"][0]
 
 
 def test_without_any_category_nothing_is_claimed(tmp_path):
     run = fake_run(tmp_path / "r", [("base", UNINTERPRETABLE, 40), ("tuned", None, 40)])
     compare([run], run, CONFIG)
-    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
+    (sentence,) = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
     assert "the text has no categories" in sentence and "--category-field" in sentence
     assert all(row["significant"] == "0" for row in table(run).values())
 
@@ -215,7 +222,7 @@ def test_alpha_decides_what_is_significant(tmp_path):
     compare([run], run, CompareConfig(alpha=1e-30))
     assert (
         "no category differs beyond noise (q < 1e-30"
-        in rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"][0]
+        in rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"][0]
     )
 
 
@@ -246,7 +253,7 @@ def test_hostile_category_names_survive(tmp_path):
     compare([run], run, CONFIG)
     assert {category for _, category in table(run)} == set(HOSTILE)
     assert all(counts(row) == (3, 33, 3, 33) for row in table(run).values())
-    rundir.read_json(run / "compare" / "statistics.json", 2)
+    rundir.read_json(run / "compare" / "statistics.json", 3)
 
 
 IT = [
@@ -290,7 +297,7 @@ class TestTwoRuns:
 
     def test_the_verdict_has_the_right_direction(self, runs, tmp_path):
         compare(runs, tmp_path / "out", CONFIG)
-        verdict = "\n".join(rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 2)["verdict"])
+        verdict = "\n".join(rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 3)["verdict"])
         assert "Gained more by simpo than by it: code (30/52 against 5/52" in verdict
         assert "Gained less by simpo than by it: law (0/52 against 45/52" in verdict
         assert "Lost more by simpo than by it: law (50/60 against 20/60" in verdict
@@ -300,7 +307,7 @@ class TestTwoRuns:
     def test_statistics_lead_back_to_the_runs(self, runs, tmp_path):
         out = tmp_path / "deep" / "out"
         compare(runs, out, CONFIG)
-        found = rundir.read_json(out / "compare" / "statistics.json", 2)
+        found = rundir.read_json(out / "compare" / "statistics.json", 3)
         assert found["kind"] == "triangulated"
         assert [c["name"] for c in found["comparisons"]] == ["it", "simpo", "gained", "lost"]
         for described, run in zip(found["runs"], runs, strict=True):
@@ -311,7 +318,7 @@ class TestTwoRuns:
         (tmp_path / "far" / "away").mkdir(parents=True)
         (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
         compare(runs, tmp_path / "link", CONFIG)
-        paths = [run["path"] for run in rundir.read_json(tmp_path / "link" / "compare" / "statistics.json", 2)["runs"]]
+        paths = [run["path"] for run in rundir.read_json(tmp_path / "link" / "compare" / "statistics.json", 3)["runs"]]
         assert [(tmp_path / "link" / path / "analysis").is_dir() for path in paths] == [True, True]
 
     def test_runs_that_moved_are_compared_anew(self, runs, tmp_path):
@@ -319,7 +326,7 @@ class TestTwoRuns:
         (tmp_path / "new").mkdir()
         moved = [run.rename(tmp_path / "new" / run.name) for run in runs]
         compare(moved, tmp_path / "out", CONFIG)
-        assert rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 2)["runs"][0]["path"] == "../new/it"
+        assert rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 3)["runs"][0]["path"] == "../new/it"
 
     def test_names_may_be_given_and_equal_ones_are_numbered(self, runs, tmp_path):
         compare(runs, tmp_path / "out", CONFIG, names=["x", "y"])
@@ -362,7 +369,7 @@ class TestSkipping:
         run = fake_run(tmp_path / "r", CHANGED)
         compare([run], run, CONFIG)
         files = {path.name: path.read_bytes() for path in (run / "compare").iterdir()}
-        assert set(files) == {"categories.csv", "statistics.json", "verdict.json", "DONE.json"}
+        assert set(files) == {"categories.csv", "seeds.csv", "statistics.json", "verdict.json", "DONE.json"}
         with monkeypatch.context() as patch:
             patch.setattr("fastdiff.comparison.compare.compare_shares", None)  # calling it fails
             compare([run], run, CONFIG)
@@ -377,7 +384,7 @@ class TestSkipping:
         compare([run], run, CONFIG)
         fake_run(run, SAME)
         compare([run], run, CONFIG)
-        assert "no category differs" in rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"][0]
+        assert "no category differs" in rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"][0]
 
 
 class TestRefusals:
@@ -443,11 +450,82 @@ def test_runs_at_different_layers_or_of_unknown_models_are_not_triangulated(tmp_
         compare(runs, tmp_path / "out", CONFIG)
 
 
+LIKE = [("base", "code", 30), ("base", "law", 9), ("tuned", "code", 5), ("tuned", "law", 28), ("tuned", None, 3)]
+UNLIKE = [("base", "code", 10), ("base", "law", 30), ("tuned", "code", 30), ("tuned", "law", 10)]
+
+
+class TestSeveralSeeds:
+    def rows(self, run, seeds):
+        compare([fake_run(run, CHANGED, seeds=seeds)], run, CONFIG)
+        return {category: row for (_, category), row in table(run).items()}
+
+    def test_counts_are_added_up_and_signs_and_phi_stand_beside(self, tmp_path):
+        run = tmp_path / "r"
+        law = self.rows(run, {1: LIKE, 4: LIKE})["law"]
+        assert counts(law) == (5, 66, 30, 49)  # of the analysed seed, as with one seed
+        pooled = [int(law[f"pooled_{name}"]) for name in ("count_a", "total_a", "count_b", "total_b")]
+        assert pooled == [5 + 2 * 9, 66 + 2 * 39, 30 + 2 * 28, 49 + 2 * 36] and law["signs"] == "+++"
+        assert float(law["pooled_p"]) < float(law["pooled_q"]) < 0.001
+        (found,) = rundir.read_json(run / "compare" / "statistics.json", 3)["comparisons"]
+        assert found["seeds"] == [0, 1, 4] and found["phi_a"] > 1 and found["phi_b"] > 0
+        with (run / "compare" / "seeds.csv").open(encoding="utf-8", newline="") as f:
+            by_seed = {(row["seed"], row["category"]): row for row in csv.DictReader(f)}
+        assert counts(by_seed["4", "law"]) == (9, 39, 28, 36)
+        assert counts(by_seed["4", "unlabelled"]) == (0, 39, 3, 36)
+        assert float(by_seed["4", "law"]["delta_points"]) == pytest.approx(100 * (28 / 36 - 9 / 39), rel=1e-5)
+
+    def test_what_the_seeds_do_not_agree_on_is_not_significant(self, tmp_path):
+        alone = self.rows(tmp_path / "alone", None)
+        assert alone["law"]["significant"] == "1" and alone["law"]["signs"] == alone["law"]["pooled_q"] == ""
+        mixed = self.rows(tmp_path / "mixed", {1: LIKE, 2: UNLIKE})
+        assert (mixed["law"]["signs"], mixed["law"]["significant"]) == ("++-", "0")
+        verdict = rundir.read_json(tmp_path / "mixed" / "compare" / "statistics.json", 3)["verdict"]
+        assert not any("law (" in sentence for sentence in verdict)
+
+    def test_small_differences_that_all_seeds_show_become_significant(self, tmp_path):
+        slight = [(side, c, n) for side, a, b in (("base", 22, 18), ("tuned", 16, 24)) for c, n in (("x", a), ("y", b))]
+        run = fake_run(tmp_path / "one", slight)
+        compare([run], run, CONFIG)
+        assert all(row["significant"] == "0" for row in table(run).values())
+        run = fake_run(tmp_path / "five", slight, seeds=dict.fromkeys(range(1, 5), slight))
+        compare([run], run, CONFIG)
+        assert all(row["significant"] == "1" for row in table(run).values())
+        gained, _ = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
+        assert "y (24/40 against 18/40 latents; in 5 seeds 120/200 against 90/200, signs +++++, q = " in gained
+
+    def test_of_two_runs_the_seeds_that_both_have_are_counted(self, tmp_path):
+        runs = [
+            fake_run(tmp_path / "it", CHANGED, seeds={1: LIKE, 2: LIKE}),
+            fake_run(tmp_path / "po", SAME, tuned="models/po", seeds={2: UNLIKE, 3: UNLIKE}),
+        ]
+        compare(runs, tmp_path / "out", CONFIG)
+        found = rundir.read_json(tmp_path / "out" / "compare" / "statistics.json", 3)["comparisons"]
+        assert {c["name"]: c["seeds"] for c in found} == {
+            "it": [0, 1, 2],
+            "po": [0, 2, 3],
+            "gained": [0, 2],
+            "lost": [0, 2],
+        }
+        law = table(tmp_path / "out")["gained", "law"]
+        assert [int(law[f"pooled_{name}"]) for name in ("count_a", "count_b")] == [30 + 28, 11 + 10]
+
+    def test_labels_of_an_earlier_version_are_refused_with_the_commands(self, tmp_path):
+        run = fake_run(tmp_path / "r", CHANGED)
+        (run / "annotate" / "seeds.csv").unlink()
+        rundir.finish(
+            run / "annotate", "annotate", {}, rundir.require_done(run / "analysis", "")["outputs"], ["labels.jsonl"]
+        )
+        with pytest.raises(
+            InputError, match=r"seeds.csv: no such file; run `fastdiff analyze .*` and `fastdiff annotate"
+        ):
+            compare([run], run, CONFIG)
+
+
 def test_a_share_that_falls_while_the_count_rises_is_said_beside_it(tmp_path):
     latents = [("base", "code", 30), ("base", "law", 10), ("tuned", "code", 40), ("tuned", "law", 160)]
     run = fake_run(tmp_path / "r", latents)
     compare([run], run, CONFIG)
-    more, less = rundir.read_json(run / "compare" / "statistics.json", 2)["verdict"]
+    more, less = rundir.read_json(run / "compare" / "statistics.json", 3)["verdict"]
     assert "code (40/200 against 30/40 latents, q = " in less and less.endswith(
         "; its share fell while the count rose)."
     )

@@ -137,7 +137,7 @@ def test_the_option_reaches_the_configuration_of_both_pairs(tmp_path, monkeypatc
         write_verdict(out, ALL_RIGHT)
         runs = [{"name": name, "path": f"../{name}", "base": "base", "tuned": name} for name in ("it", "simpo")]
         facts = {"kind": "triangulated", "alpha": 0.05, "confidence": 0.95, "runs": runs, "comparisons": []}
-        rundir.write_json(out / "compare" / "statistics.json", {"schema": 2, **facts, "verdict": [], "method": ""})
+        rundir.write_json(out / "compare" / "statistics.json", {"schema": 3, **facts, "verdict": [], "method": ""})
         return DemoResult(out / "report.html", "as planned", 7, 7, 0)
 
     monkeypatch.setattr(demo, "run_demo", run_demo)

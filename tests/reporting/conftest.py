@@ -319,7 +319,9 @@ def write_compare(
             p = {"p": 0.0004 if clear else 0.31, "q": 0.0008 if clear else 0.62}
             p |= {"q_concepts": p["q"], "detectable_ratio": 2.5}
             mass = {"mass_a": 0.11, "mass_b": 0.11 + points / 100, "significant": int(clear)}
-            rows.append({**sides, **counts, **percent, **shift, **p, **mass})
+            pooled = {"pooled_count_a": 3 * a, "pooled_total_a": 600, "pooled_count_b": 3 * b, "pooled_total_b": 600}
+            pooled |= {"pooled_p": p["p"] / 3, "pooled_q": p["q"] / 3, "signs": "++-" if points > 0 else "---"}
+            rows.append({**sides, **counts, **percent, **shift, **p, **mass, **pooled})
     write_csv(compare / "categories.csv", rows)
     sides = {"side_a": "specific to base (lost)", "side_b": "specific to tuned (gained)"}
     totals = {
@@ -329,11 +331,14 @@ def write_compare(
         "unlabelled_b": 4,
         "deff_a": 1.2,
         "deff_b": 1.0,
+        "seeds": [0, 1, 2],
+        "phi_a": 1.02,
+        "phi_b": None,
         "n_categories": len(categories),
     }
     words = {"explanation": "Latents that only base has, against latents that only tuned has."}
     statistics = {
-        "schema": 2,
+        "schema": 3,
         "kind": kind,
         "alpha": 0.05,
         "confidence": 0.95,
