@@ -124,10 +124,10 @@ def compared(runs: Mapping[str, Path], verdict: VerdictFile, *, by_name: bool = 
     """
     found = []
     for comparison in verdict.comparisons:
-        own = [_null(comparison, verdict), _power(comparison)]
+        called = [name if by_name else str(runs[name]) for name in comparison.runs]
+        own = [_null(called, comparison, verdict), _power(comparison)]
         if comparison.kind == "pair":
-            (name,) = comparison.runs
-            own = [*run_checks(runs[name], COMPARED, name if by_name else None), *own]
+            own = [*run_checks(runs[comparison.runs[0]], COMPARED, called[0]), *own]
         found.append(Trusted(of=comparison.name, checks=own))
     return found
 
@@ -233,10 +233,10 @@ def _attribution(run: Path, called: str) -> Check:
     return Check(name="attribution", state="poor" if poor else "fine", says=says, remedy=remedy)
 
 
-def _null(comparison: Comparison, verdict: VerdictFile) -> Check:
+def _null(called: Sequence[str], comparison: Comparison, verdict: VerdictFile) -> Check:
     if comparison.state == "not checked":
         return Check(name="null", state="not checked", says="Nothing was decided that a null could be held against.")
-    again = "fastdiff compare " + " ".join(comparison.runs)
+    again = " ".join(["fastdiff compare", *called, *(["-o OUT"] if len(called) > 1 else [])])
     if verdict.tau_from is None:
         says = f"No pair whose models differ by nothing that counts was compared, so τ stays at {verdict.tau:g} nats."
         return Check(name="null", state="not checked", says=says, remedy=f"{again} --null NULL_RUN")

@@ -155,6 +155,18 @@ def test_null(tmp_path: Path, tau_from, state) -> None:
     assert found.state == state and ("--null" in (found.remedy or "")) == (state == "not checked")
 
 
+def test_the_command_for_a_null_calls_the_runs_by_their_paths(tmp_path: Path) -> None:
+    found = of(tmp_path, verdict(row("confirmed")), "null")
+    assert found.remedy == f"fastdiff compare {tmp_path} --null NULL_RUN"
+    runs, of_two = {"a": tmp_path / "x a", "b": tmp_path / "y"}, verdict(row("confirmed"))
+    two = of_two.comparisons[0].model_copy(update={"kind": "difference", "runs": ["a", "b"]})
+    (trusted,) = compared(runs, of_two.model_copy(update={"comparisons": [two]}))
+    null = next(check for check in trusted.checks if check.name == "null")
+    assert null.remedy == f"fastdiff compare {runs['a']} {runs['b']} -o OUT --null NULL_RUN"
+    (trusted,) = compared(runs, of_two.model_copy(update={"comparisons": [two]}), by_name=True)
+    assert trusted.checks[0].remedy == "fastdiff compare a b -o OUT --null NULL_RUN"
+
+
 def test_power(tmp_path: Path) -> None:
     found = of(tmp_path, verdict(row("confirmed")), "power")
     assert found.state == "fine" and "on 40 documents or more" in found.says
