@@ -36,7 +36,8 @@ def write_verdict(folder, claims, state="checked"):
 
     comparisons = [
         {
-            **{"name": name, "kind": "difference" if " " in name else "pair", "runs": [name], "state": state},
+            **{"name": name, "kind": "difference" if " " in name else "pair", "state": state},
+            "runs": name.split(" against "),
             **{"base": "base", "tuned": name, "rows": [row(*item) for item in rows.items()]},
         }
         for name, rows in claims.items()
