@@ -119,7 +119,8 @@ def contrast_claims(of: Attribution, category: NDArray[np.int64]) -> list[str]:
         names.append(of.categories[c])
         effects.append(inside.mean(axis=1) - outside.mean(axis=1))
         p.append(stats.ttest_ind(inside.mean(axis=0), outside.mean(axis=0), equal_var=False).pvalue)
-    q = stats.false_discovery_control(p)
+    # documents that are all alike have no p
+    q = stats.false_discovery_control(np.nan_to_num(p, nan=1.0))
     return [
         name
         for name, effect, one in zip(names, effects, q, strict=True)
