@@ -474,7 +474,11 @@ class _Stage:
         if not choice.named:
             say("attribute: the documents have no categories, so there is one per data set; see --category-field")
         if short := int((~choice.eligible).sum()):
-            say(f"attribute: {short:,} documents have fewer than two scored tokens and are left out")
+            present = {name for _, name in self._categories()}
+            stored = {choice.categories[c] for c in np.unique(choice.category)}
+            gone = ", ".join(sorted(stored - present))
+            rest = f", so that none is left of {gone}: the verdict will have no row of it" if gone else ""
+            say(f"attribute: {short:,} documents have fewer than two scored tokens and are left out{rest}")
         counts = {name: int((choice.category[places] == c).sum()) for c, name in self._categories()}
         if few := [name for name, n in counts.items() if n < FEW_DOCUMENTS]:
             say(f"attribute: fewer than {FEW_DOCUMENTS} documents: {', '.join(few)}")

@@ -258,7 +258,7 @@ def _power(comparison: Comparison) -> Check:
     names = ", ".join(row.category for row in rows)
     says = f"{len(rows)} of {len(comparison.rows)} categories could not be decided: {names}."
     needed = max((row.documents_needed or 0 for row in rows), default=0)
-    remedy = f"extract up to {needed} documents of each" if needed else "extract more documents of each"
+    remedy = f"extract about {needed} documents of each" if needed else "extract more documents of each"
     return Check(name="power", state="poor", says=says, remedy=remedy)
 
 

@@ -128,6 +128,19 @@ def test_no_categories_are_data_sets_and_that_is_said(inputs, tmp_path):
     assert any("see --category-field" in line for line in said.lines)
 
 
+def test_a_category_of_which_no_document_is_long_enough_is_named(inputs, tmp_path):
+    pets = [line for line in (inputs / "texts.jsonl").read_text().splitlines() if '"pets"' in line]
+    text = "\n".join([*pets, *['{"text": "ten", "topic": "sums"}'] * 3]) + "\n"
+    (inputs / "short.jsonl").write_text(text)
+    store = make_store(inputs, tmp_path / "acts", texts="short.jsonl", messages_field=None)
+    run, said = make_run(store, tmp_path / "run"), Said()
+    attribute(run, CONFIG, said)
+    # the text of pets has a document of one token too
+    assert any("4 documents have fewer than two scored tokens and are left out, so that none is left of sums" in line
+               for line in said.lines)  # fmt: skip
+    assert read_summary(run / "attribution").categories == ["pets"]
+
+
 def test_a_long_prediction_takes_fewer_documents(runs, monkeypatch, tmp_path):
     _, run = runs(fresh=tmp_path / "run")
     monkeypatch.setattr(module, "_FEWER_DOCUMENTS", 3)

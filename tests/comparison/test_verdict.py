@@ -6,6 +6,7 @@ import pytest
 from fastdiff.comparison.verdict import (
     CategoryEvidence,
     decide,
+    documents_needed,
     evidence,
     paired,
     passes_guard,
@@ -97,10 +98,26 @@ def test_figures_of_a_row():
     assert row.better_documents == 1 and row.worse_documents == 0 and row.documents_needed is None
 
 
-def test_documents_needed_are_those_of_an_interval_of_tau():
+def test_documents_needed_are_those_of_an_interval_of_tau_or_of_the_mean_seen():
     item = made(B=0.1, sd=0.5)
-    sd = item.behaviour.std(ddof=1)
-    assert decide([item], tau=TAU)[0].documents_needed == int(np.ceil((1.959964 * sd / TAU) ** 2))
+    sd, mean = item.behaviour.std(ddof=1), item.behaviour.mean()
+    needed = decide([item], tau=TAU)[0].documents_needed
+    assert needed == int(np.ceil(((1.959964 + 0.841621) * sd / mean) ** 2)) < (1.959964 * sd / TAU) ** 2
+    small = item.behaviour - mean + 0.4 * TAU
+    assert documents_needed(small, TAU, 0.95) == int(np.ceil((1.959964 * sd / TAU) ** 2))
+    # too few of a large change need no more than the least
+    assert documents_needed(np.array([3.0, 3.5, 2.9]), TAU, 0.95) == 8
+    assert documents_needed(np.array([3.0]), TAU, 0.95) is None
+
+
+def test_with_the_documents_needed_four_of_five_such_categories_are_decided():
+    rng = np.random.default_rng(0)
+    seen = rng.normal(size=12)
+    seen = 0.3 + (seen - seen.mean()) / seen.std(ddof=1)
+    n = documents_needed(seen, TAU, 0.95)
+    later = rng.normal(0.3, 1, (2000, n))
+    decided = np.abs(later.mean(axis=1)) > 1.96 * later.std(axis=1, ddof=1) / np.sqrt(n)
+    assert decided.mean() == pytest.approx(0.8, abs=0.03)
 
 
 def test_two_runs_are_compared_on_the_documents_that_both_have():
@@ -139,7 +156,7 @@ def test_sentences_name_what_is_confirmed_first_and_no_q():
     rows = decide([made(category="a"), lost, elsewhere, made(category="e", n=3)], tau=TAU)
     said = sentences(rows, tuned="it", tau=TAU)
     assert said[0] == "Confirmed: it gained a and lost b."
-    assert said[1].startswith("Only suggestive: it gained d (") and said[2].startswith("Cannot tell for e")
+    assert said[1].startswith("Only suggestive: it gained d (") and said[2].startswith("It cannot be told for e")
     assert len(said) <= 3 and not any("q =" in sentence for sentence in said)
     nothing = decide([made(B=0.0, L=0.0, latents=0.0, offset=0.0)], tau=TAU)
     assert sentences(nothing, tuned="it", tau=TAU)[0].startswith("No category changed by 0.05 nats")
