@@ -155,6 +155,8 @@ def try_out(pair: Pair, batch: Batch, scored: Sequence[NDArray[np.bool_]]) -> No
         name, upper = side.target.source.name, side.upper
         try:
             upper.check(ids, mask)
+        except CannotRun as error:
+            raise CannotRun(f"{name}: {error.reason}", error.remedy) from error
         except OptionError as error:
             raise CannotRun(f"{name}: {error}", "extract it with --hook resid_post") from error
         h = upper.read(ids, mask)[0].float().requires_grad_(True)

@@ -120,11 +120,15 @@ def compare(
 
     Raises:
         InputError: A run is missing a stage, or its labels belong to another analysis.
-        OptionError: More than two runs, two with different base models, or `out` is one of the two.
+        OptionError: More than two runs, two with different base models, or `out` or the null run is one of them.
         LockedError: Another process writes to `out`.
     """
     if len(runs) not in (1, 2):
         raise OptionError(f"compare takes one run or two, got {len(runs)}")
+    if config.null_run is not None and Path(config.null_run).resolve() in [run.resolve() for run in runs]:
+        raise OptionError(
+            f"--null {config.null_run}: is compared itself; give a run whose models differ by nothing that counts"
+        )
     if len(runs) == 2 and out.resolve() in [run.resolve() for run in runs]:
         raise OptionError(f"{out}: is one of the two runs; choose a directory of its own for the comparison")
     names = names or _names(runs)

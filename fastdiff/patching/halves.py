@@ -192,18 +192,20 @@ class UpperHalf:
         """See on a batch whether the lower blocks can be skipped; where not, `go_on` runs them.
 
         Raises:
-            CannotRun: Not even the whole model gives what it gives when it goes on from its own activation.
+            CannotRun: It gives NaN or infinity, or not even the whole model gives what it gives when it goes on from
+                its own activation.
             OptionError: What `read` raises.
         """
         activation, hidden = self.read(ids, mask)
+        if not bool(torch.isfinite(hidden[mask.bool()]).all()):
+            raise CannotRun("gives NaN or infinity", "try --dtype float32, or see whether its weights are whole")
         allowed = _ULPS * torch.finfo(hidden.dtype).eps * float(hidden.abs().max())
         for self._skips in (True, False):
             difference = (self.go_on(activation) - hidden)[mask.bool()].abs().max()
             if float(difference) <= allowed:
                 return
         raise CannotRun(
-            f"{type(self.halves.model).__name__}: does not repeat itself when it goes on from its own activation",
-            "such a model cannot be patched",
+            "does not repeat itself when it goes on from its own activation", "such a model cannot be patched"
         )
 
     def _remember_beside(self, _module: nn.Module, _args: Any, out: Any) -> None:

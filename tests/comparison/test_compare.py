@@ -454,6 +454,12 @@ LIKE = [("base", "code", 30), ("base", "law", 9), ("tuned", "code", 5), ("tuned"
 UNLIKE = [("base", "code", 10), ("base", "law", 30), ("tuned", "code", 30), ("tuned", "law", 10)]
 
 
+def test_a_run_is_no_null_of_itself(tmp_path):
+    run = fake_run(tmp_path / "r", SAME)
+    with pytest.raises(OptionError, match=r"--null .*: is compared itself; give a run whose models differ by nothing"):
+        compare([run], run, CompareConfig(null_run=str(tmp_path / "." / "r")))
+
+
 class TestSeveralSeeds:
     def rows(self, run, seeds):
         compare([fake_run(run, CHANGED, seeds=seeds)], run, CONFIG)

@@ -155,7 +155,15 @@ def test_a_model_that_does_not_repeat_itself_is_refused():
     model, (ids, mask) = make("llama"), padded()
     model.model.norm.register_forward_hook(lambda _module, _args, out: out + torch.randn_like(out))
     upper = UpperHalf(Halves(model, "x"), 2, "resid_post")
-    with pytest.raises(CannotRun, match="LlamaForCausalLM: does not repeat itself"):
+    with pytest.raises(CannotRun, match=r"^does not repeat itself"):
+        upper.check(ids, mask)
+
+
+def test_a_model_that_gives_nan_is_refused():
+    model, (ids, mask) = make("llama"), padded()
+    model.model.layers[3].mlp.up_proj.weight.data[0, 0] = float("nan")
+    upper = UpperHalf(Halves(model, "x"), 2, "resid_post")
+    with pytest.raises(CannotRun, match=r"^gives NaN or infinity; try --dtype float32"):
         upper.check(ids, mask)
 
 
