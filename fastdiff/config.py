@@ -34,9 +34,9 @@ _OF_RUN: dict[str, Any] = {"of_run": True}
 
 
 class StageConfig(BaseModel):
-    """What all stages share: frozen, and an unknown key is an error."""
+    """What all stages share: frozen; an unknown key and a number that is not finite are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -80,7 +80,6 @@ class ExtractConfig(StageConfig):
     max_norm: float = Field(
         3.0,
         ge=0,
-        allow_inf_nan=False,
         json_schema_extra=_DERIVED,
         description="Leave rows out of use (not out of the store) whose norm is over so many times the median, and "
         "position 0 without BOS; unless given, 6 for mlp_out and attn_out. 0: none.",
@@ -205,7 +204,6 @@ class TrainConfig(StageConfig):
     pool_gb: float = Field(
         0,
         ge=0,
-        allow_inf_nan=False,
         description="Most memory of that pool; 0 is what a good shuffle needs, at most a quarter of the memory.",
     )
     check_reads: bool = Field(False, description="Check every row against the store's checksums while training.")
@@ -309,7 +307,6 @@ class AttributeConfig(StageConfig):
     minutes: float = Field(
         10,
         ge=0,
-        allow_inf_nan=False,
         description="If tracing is predicted to take longer, 12 documents of each category are traced. 0: never fewer.",
     )
     tau: float = Field(0.05, gt=0, description="Smallest change that counts, in nats per token.")
@@ -375,9 +372,7 @@ class CompareConfig(StageConfig):
 
     alpha: float = Field(0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this.")
     confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
-    tau: float = Field(
-        0.05, gt=0, allow_inf_nan=False, description="Smallest change that counts as one, in nats per scored token."
-    )
+    tau: float = Field(0.05, gt=0, description="Smallest change that counts as one, in nats per scored token.")
     # YAML reads a key called null as no key at all
     null_run: str | None = Field(
         None,

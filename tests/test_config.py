@@ -8,6 +8,7 @@ import yaml
 from fastdiff.config import (
     AnalyzeConfig,
     AnnotateConfig,
+    AttributeConfig,
     CompareConfig,
     ExtractConfig,
     RunConfig,
@@ -18,7 +19,7 @@ from fastdiff.config import (
 )
 from fastdiff.errors import OptionError
 
-STAGES = (ExtractConfig, TrainConfig, AnalyzeConfig, AnnotateConfig, CompareConfig)
+STAGES = (ExtractConfig, TrainConfig, AttributeConfig, AnalyzeConfig, AnnotateConfig, CompareConfig)
 REQUIRED = {"base": "a", "tuned": "b", "dataset": ["x.jsonl"]}
 
 
@@ -155,3 +156,13 @@ def test_a_refusal_is_one_short_line(model, values, message):
 def test_a_pool_has_a_finite_size(value):
     with pytest.raises(OptionError, match="--pool-gb"):
         validated(TrainConfig, {"pool_gb": value})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_option_takes_a_number_that_is_not_finite(stage, value):
+    numbers = [name for name, field in stage.model_fields.items() if field.annotation is float]
+    assert numbers
+    for name in numbers:
+        with pytest.raises(OptionError, match=f"{name.replace('_', '-')}: Input should be"):
+            validated(stage, {name: value})
