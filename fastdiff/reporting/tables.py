@@ -79,7 +79,7 @@ def measures(run: Run) -> list[tuple[str, str]]:
     found.append(("Specific without a category", value))
     if (seeds := run.summary.stability) is not None:
         value = f"{seeds.exclusive_stable:,} of {seeds.exclusive:,} (of all {seeds.stable:,} of {seeds.observed:,})"
-        found.append(("Of one model, with other seeds too", value))
+        found.append(("Latents of one model that other seeds have too", value))
     return found
 
 
@@ -88,7 +88,8 @@ def count_notes(run: Run) -> list[str]:
     notes = []
     for side in ("base", "tuned"):
         if (n := run.summary.specific.get(side, 0)) < _SPECIFIC_LEAST:
-            notes.append(f"Only {n:,} latents are specific to {side}; shares of so few are coarse.")
+            few = f"Only {n:,} latents are specific to {side}; shares of so few are coarse."
+            notes.append(few if n else f"No latent is specific to {side}, so there are no shares to compare.")
     unlabelled, uninterpretable, total = _uncategorized(run)
     share = (unlabelled + uninterpretable) / total if total else 0.0
     if share > _UNCATEGORIZED_MOST:

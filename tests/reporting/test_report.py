@@ -230,7 +230,7 @@ def test_the_first_table_has_every_row_of_the_verdict(make_pair: Callable[..., P
         for k in range(5):
             latent = i + 12 * k
             title = escape(visible(words.get(latent, "")), quote=False).replace('"', "&#34;").replace("'", "&#39;")
-            wanted = f'<a href="#latent={latent}" title="{title}">{latent}</a> <span class="small">{sign}0.0{5 - k}0'
+            wanted = f'<a href="#latent={latent}" title="{sign}0.0{5 - k}0 nats; {title}">{latent}</a>'
             assert wanted in first
     assert "The latents are those of crosscoder seed 0, which was analysed." in first
 
