@@ -18,7 +18,7 @@ Every stage goes through the same frame, so that none forgets a part of it:
         if stage.up_to_date():
             return
         …                                        # refuse what cannot be done; earlier results still stand
-        with stage:                              # takes the mark away
+        with stage:                              # takes the mark away; an exception puts it back where all is intact
             …                                    # write the outputs
                                                  # recorded in fastdiff.yaml and manifest.json, and only then done
 """
@@ -46,6 +46,9 @@ import fastdiff
 from fastdiff.errors import InputError, LockedError, OptionError, ResourceError
 
 DONE, MANIFEST = "DONE.json", "manifest.json"
+_CONFIG = "fastdiff.yaml"
+# the mark of the result that a stage is about to replace
+_BEFORE = ".DONE.json.before"
 # each file format has a number of its own, beside what writes it
 DONE_SCHEMA = 1
 MANIFEST_SCHEMA = 1
@@ -90,8 +93,8 @@ def full_disk(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, sqlite3.OperationalError) as error:
         # safetensors and SQLite have errors of their own for it
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "disk is full" in str(error):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(words in str(error) for words in ("No space left", "disk is full", "File too large")):
             raise ResourceError(f"{path}: no space left on the device; free some and run again") from error
         raise
 
@@ -141,15 +144,15 @@ def read_json(path: Path, schema: int | None, command: str | None = None) -> Any
     Raises:
         InputError: The file is missing, not JSON, or of another schema.
     """
+    again = f"; run `{command}` again" if command else ""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+        raise InputError(f"{path}: no such file{again}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
+        raise InputError(f"{path}: not readable as JSON ({error}){again}") from error
     if schema is not None and (not isinstance(value, dict) or value.get("schema") != schema):
         found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        again = f"; run `{command}` again" if command else ""
         raise InputError(f"{path}: schema {found!r}, but this fastdiff ({fastdiff.__version__}) reads {schema}{again}")
     return value
 
@@ -171,18 +174,19 @@ def locked(directory: Path) -> Iterator["Lock"]:
             directory.mkdir(parents=True, exist_ok=True)
             lock = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise OptionError(f"{directory}: cannot be written to ({error.strerror}); choose another -o") from error
+        raise OptionError(f"{directory}: cannot be written to ({error.strerror}); choose another directory") from error
     with lock as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             f.seek(0)
             holder = f.read().strip() or "another process"
-            raise LockedError(f"{directory}: {holder} is writing here; wait for it or choose another -o") from error
-        f.seek(0)
-        f.truncate()
-        f.write(f"process {os.getpid()} on {platform.node()}")
-        f.flush()
+            raise LockedError(f"{directory}: {holder} is writing here; wait for it to end") from error
+        with full_disk(directory):
+            f.seek(0)
+            f.truncate()
+            f.write(f"process {os.getpid()} on {platform.node()}")
+            f.flush()
         yield Lock(directory)
 
 
@@ -225,7 +229,8 @@ class Stage:
 
     Leaving that block well records the stage and then marks it as done, in this order: a process that dies in between
     leaves a stage that is done again, instead of one that counts as done and that the manifest knows nothing of.
-    Leaving it by an exception does neither.
+    Leaving it by an exception does neither; then the result that was there before still counts, if all of its files
+    are as they were.
     """
 
     run: Path
@@ -245,7 +250,13 @@ class Stage:
         )
 
     def begin(self) -> None:
-        """Take the mark away, for a stage whose files change before the block that ends it."""
+        """Take the mark away, for a stage whose files change before the block that ends it.
+
+        Raises:
+            InputError: The run's records cannot be read, so the stage could not be recorded when it has ended.
+        """
+        if self.recorded:
+            _records(self.run)
         begin(self.directory)
 
     def __enter__(self) -> "Stage":
@@ -254,6 +265,7 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            _restore(self.directory)
             return
         if self.recorded:
             record(self.run, self.name, self.settings, **self.facts)
@@ -265,16 +277,39 @@ def is_done(directory: Path, stage: str, config: Mapping[str, Any], inputs: Mapp
     path = directory / DONE
     if not path.exists():
         return False
-    done = read_json(path, DONE_SCHEMA)
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # a damaged mark is none
+    if isinstance(done, dict) and "schema" in done:
+        read_json(path, DONE_SCHEMA)  # one of a later fastdiff is not overwritten
+    if not _is_mark(done):
+        return False
     if done.get("key") != _stage_key(stage, config, inputs):
         return False
     return _changed_output(directory, done) is None
 
 
 def begin(directory: Path) -> None:
-    """Take the stage's mark away before its files change."""
+    """Take the stage's mark away before its files change; `_restore` puts it back."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / DONE).unlink(missing_ok=True)
+    if (directory / DONE).exists():
+        (directory / DONE).replace(directory / _BEFORE)
+
+
+def _restore(directory: Path) -> None:
+    """Put the mark that `begin` took away back if it is still true; a rename, so that a full disk does not matter."""
+    before = directory / _BEFORE
+    try:
+        done = json.loads(before.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if _is_mark(done) and _changed_output(directory, done) is None:
+        before.replace(directory / DONE)
+
+
+def _is_mark(done: Any) -> bool:
+    return isinstance(done, dict) and all(isinstance(done.get(name), dict) for name in ("config", "inputs", "outputs"))
 
 
 def finish(
@@ -292,6 +327,19 @@ def finish(
             "outputs": {name: sha256_file(directory / name) for name in outputs},
         },
     )
+    (directory / _BEFORE).unlink(missing_ok=True)
+
+
+def read_mark(directory: Path, command: str) -> dict[str, Any]:
+    """The stage's `DONE.json`, whether or not what it says of the files is still true.
+
+    Raises:
+        InputError: It is missing or damaged; `command` makes it anew.
+    """
+    done: dict[str, Any] = read_json(directory / DONE, DONE_SCHEMA, command)
+    if not _is_mark(done):
+        raise InputError(f"{directory / DONE}: not the mark of a stage; run `{command}` again")
+    return done
 
 
 def require_done(directory: Path, command: str) -> dict[str, Any]:
@@ -302,7 +350,7 @@ def require_done(directory: Path, command: str) -> dict[str, Any]:
     """
     if not (directory / DONE).exists():
         raise InputError(f"{directory}: not there or not complete; run `{command}` first")
-    done: dict[str, Any] = read_json(directory / DONE, DONE_SCHEMA, command)
+    done = read_mark(directory, command)
     changed = _changed_output(directory, done)
     if changed is not None:
         raise InputError(f"{directory / changed}: gone or changed since it was written; run `{command}` again")
@@ -327,26 +375,30 @@ def record(run: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> No
     Raises:
         InputError: One of the two is there and cannot be read.
     """
-    config_path, manifest_path = run / "fastdiff.yaml", run / MANIFEST
-    try:
-        resolved = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{config_path}: not readable as YAML; delete it and run again") from error
-    if not isinstance(resolved, dict | None):
-        raise InputError(f"{config_path}: no sections in it; delete it and run again")
+    resolved, manifest = _records(run)
     if config:
-        sections = {**(resolved or {}), stage: dict(config)}
-        write_text(config_path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
-    manifest: dict[str, Any] = {"schema": MANIFEST_SCHEMA, "stages": {}}
-    if manifest_path.exists():
-        manifest = read_manifest(run)
+        sections = {**resolved, stage: dict(config)}
+        write_text(run / _CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
     manifest["stages"][stage] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
         "versions": versions(),
         **facts,
     }
-    write_json(manifest_path, manifest)
+    write_json(run / MANIFEST, manifest)
+
+
+def _records(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What fastdiff.yaml and manifest.json say; new ones where there are none."""
+    config_path = run / _CONFIG
+    try:
+        resolved = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{config_path}: not readable as YAML; delete it and run again") from error
+    if not isinstance(resolved, dict | None):
+        raise InputError(f"{config_path}: no sections in it; delete it and run again")
+    manifest: dict[str, Any] = {"schema": MANIFEST_SCHEMA, "stages": {}}
+    return resolved or {}, read_manifest(run) if (run / MANIFEST).exists() else manifest
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -355,7 +407,10 @@ def read_manifest(run: Path) -> dict[str, Any]:
     Raises:
         InputError: It is missing, not readable, or of another schema.
     """
-    manifest: dict[str, Any] = read_json(run / MANIFEST, MANIFEST_SCHEMA, f"fastdiff train STORE -o {run}")
+    command = f"fastdiff train STORE -o {run}"
+    manifest: dict[str, Any] = read_json(run / MANIFEST, MANIFEST_SCHEMA, command)
+    if not isinstance(manifest.get("stages"), dict):
+        raise InputError(f"{run / MANIFEST}: names no stages; run `{command}` again")
     return manifest
 
 

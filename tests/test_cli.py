@@ -262,7 +262,7 @@ class TestRefusals:
         (tmp_path / "a").mkdir()
         (tmp_path / "b").mkdir()
         result = fastdiff("compare", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "file" / "x")
-        self.refuse(result, 2, "choose another -o")
+        self.refuse(result, 2, "choose another directory")
 
     def test_runs_that_cannot_be_compared(self, fastdiff, tmp_path):
         a, b, c = (tmp_path / name for name in "abc")

@@ -146,7 +146,7 @@ class TestLock:
 
     def test_a_place_that_cannot_be_a_directory_is_an_option_error(self, tmp_path):
         (tmp_path / "file").write_text("x")
-        with pytest.raises(OptionError, match="choose another -o"), rundir.locked(tmp_path / "file" / "run"):
+        with pytest.raises(OptionError, match="choose another directory"), rundir.locked(tmp_path / "file" / "run"):
             pass
 
 
@@ -183,7 +183,7 @@ class TestMarks:
 
     def test_files_without_a_mark_prove_nothing(self, stage):
         rundir.begin(stage)
-        assert names(stage) == ["a.txt", "b.txt"]
+        assert names(stage) == [".DONE.json.before", "a.txt", "b.txt"]
         assert not rundir.is_done(stage, "work", CONFIG, INPUTS)
         with pytest.raises(InputError, match=r"not complete; run `fastdiff work X` first"):
             rundir.require_done(stage, "fastdiff work X")
@@ -388,3 +388,48 @@ class TestStages:
                 rundir.write_json(tmp_path / "work" / "a.json", {"schema": 1})
             assert stage(1).up_to_date() and not stage(2).up_to_date()
         assert not (tmp_path / "manifest.json").exists()
+
+    @pytest.mark.parametrize("error", [InputError, KeyboardInterrupt, SystemExit])
+    def test_what_was_there_before_still_counts_if_nothing_of_it_changed(self, tmp_path, error):
+        work = tmp_path / "work"
+
+        def make(k, *, then=None, text=None):
+            with rundir.locked(tmp_path) as lock:
+                stage = lock.stage(work, "work", {"k": k}, {}, ["a.txt"])
+                with stage:
+                    if text is not None:
+                        rundir.write_text(work / "a.txt", text)
+                    if then is not None:
+                        raise then("stop")
+
+        make(1, text="one")
+        mark = (work / rundir.DONE).read_bytes()
+        with pytest.raises(error):
+            make(2, then=error)
+        assert (work / rundir.DONE).read_bytes() == mark and names(work) == [rundir.DONE, "a.txt"]
+        # the first of several files was already replaced
+        with pytest.raises(error):
+            make(2, then=error, text="two")
+        assert not (work / rundir.DONE).exists()
+        make(3, text="three")
+        assert names(work) == [rundir.DONE, "a.txt"]
+
+    @pytest.mark.parametrize(
+        ("name", "text"), [("fastdiff.yaml", "- a"), ("manifest.json", "{"), ("manifest.json", '{"schema": 1}')]
+    )
+    def test_a_run_whose_records_cannot_be_read_is_refused_before_the_work(self, tmp_path, name, text):
+        with rundir.locked(tmp_path) as lock:
+            stage = lock.stage(tmp_path / "work", "work", {}, {}, [])
+            with stage:
+                pass
+            (tmp_path / name).write_text(text)
+            with pytest.raises(InputError, match=name.replace(".", r"\.")), stage:
+                raise AssertionError("the work was begun")
+        assert (tmp_path / "work" / rundir.DONE).exists()
+
+    @pytest.mark.parametrize("text", ["", "junk", "[]", "{}", '{"schema": 1}', '{"schema": 1, "outputs": []}'])
+    def test_a_damaged_mark_is_none_and_says_what_to_run(self, tmp_path, text):
+        (tmp_path / rundir.DONE).write_text(text)
+        assert not rundir.is_done(tmp_path, "work", CONFIG, INPUTS)
+        with pytest.raises(InputError, match=r"DONE\.json: .*; run `fastdiff work X` again"):
+            rundir.require_done(tmp_path, "fastdiff work X")

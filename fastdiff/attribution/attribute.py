@@ -79,7 +79,8 @@ def attribute(
 
     Raises:
         OptionError: There is no such model or device.
-        InputError: A crosscoder or the store is missing, damaged or changed.
+        InputError: A crosscoder or the store is missing, damaged or changed; or the models cannot be run, and an
+            earlier result stands.
         ResourceError: Out of memory.
         FastdiffError: A cross entropy or a gradient is NaN or infinite.
         LockedError: Another process writes to the run.
@@ -98,9 +99,20 @@ def attribute(
                 raise InputError(f"{store.path}: not the store these crosscoders were trained on (its hash differs)")
             found = _attribute(store, {seed: directory for seed, (directory, _) in seeds.items()}, config, progress)
         checked = found.summary.state == "checked"
+        if not checked and _stands(target, inputs):
+            raise InputError(f"{found.summary.reason}; {found.summary.remedy}; the earlier result in {target} stands")
         with stage if checked else replace(stage, outputs=(SUMMARY,)):
             write_attribution(target, found)
     return target
+
+
+def _stands(target: Path, inputs: dict[str, str]) -> bool:
+    """Whether there is a whole result of the same store and crosscoders that was checked, by other settings."""
+    try:
+        done = rundir.require_done(target, "")
+    except InputError:
+        return False
+    return done["inputs"] == inputs and set(done["outputs"]) == set(OUTPUTS)
 
 
 def _seeds(run: Path, store_path: Path | None, progress: Progress) -> tuple[dict[int, tuple[Path, str]], str]:

@@ -233,7 +233,7 @@ def _identity(base: dict[str, Any], run: Path) -> str:
     weights = base.get("weights_sha256") or base.get("revision")
     if weights is None:
         # a store that does not say is only the same as itself
-        weights = rundir.read_json(run / "analysis" / rundir.DONE, rundir.DONE_SCHEMA)["inputs"]["store"]
+        weights = rundir.read_mark(run / "analysis", f"fastdiff analyze {run}")["inputs"]["store"]
     return f"{weights} {base.get('layer')} {base.get('hook')}"
 
 

@@ -54,8 +54,11 @@ def attribution_inputs(run: Path) -> dict[str, str]:
         return {}
     done = rundir.require_done(directory, f"fastdiff attribute {run}")
     for name, sha256 in done["inputs"].items():
-        trained = run / "crosscoder" / name / rundir.DONE
-        if trained.exists() and rundir.read_json(trained, rundir.DONE_SCHEMA)["outputs"]["model.safetensors"] != sha256:
+        trained = run / "crosscoder" / name
+        if not (trained / rundir.DONE).exists():
+            continue
+        outputs = rundir.read_mark(trained, f"fastdiff train STORE -o {run}")["outputs"]
+        if outputs.get("model.safetensors") != sha256:
             raise InputError(f"{directory}: of another crosscoder {name}; run `fastdiff attribute {run}` again")
     return {f"{DIRECTORY}/{name}": sha256 for name, sha256 in done["outputs"].items()}
 

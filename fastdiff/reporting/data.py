@@ -101,13 +101,13 @@ def read_findings(directory: Path) -> Findings:
 def _read_run(path: Path, name: ComparedRun) -> Run:
     stages = require_labelled(path)
     seed = stages["analysis"]["config"].get("train_seed", 0)
-    attributed = path / ATTRIBUTION / rundir.DONE
-    if attributed.exists():
-        stages = {"attribution": rundir.read_json(attributed, rundir.DONE_SCHEMA), **stages}
-    trained = path / "crosscoder" / f"seed-{seed}" / rundir.DONE
-    if trained.exists():
-        stages = {"crosscoder": rundir.read_json(trained, rundir.DONE_SCHEMA), **stages}
-        if stages["analysis"]["inputs"]["model"] != stages["crosscoder"]["outputs"]["model.safetensors"]:
+    attributed = path / ATTRIBUTION
+    if (attributed / rundir.DONE).exists():
+        stages = {"attribution": rundir.read_mark(attributed, f"fastdiff attribute {path}"), **stages}
+    trained = path / "crosscoder" / f"seed-{seed}"
+    if (trained / rundir.DONE).exists():
+        stages = {"crosscoder": rundir.read_mark(trained, f"fastdiff train STORE -o {path}"), **stages}
+        if stages["analysis"]["inputs"].get("model") != stages["crosscoder"]["outputs"].get("model.safetensors"):
             raise InputError(f"{path / 'analysis'}: of another crosscoder; run `fastdiff analyze {path}` again")
     commands, versions = _read_manifest(path)
     latents = read_latents(path)

@@ -15,6 +15,8 @@ to the share that `largest_gap` says. Nothing in these files depends on the time
 
 import hashlib
 import json
+import math
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -137,6 +139,10 @@ class Attribution:
 
 
 _BOOLEANS = ("held_out", "has_nats")
+_INTEGERS = ("document", "text", "category", "scored", "steps")
+_TYPES = dict.fromkeys(_INTEGERS, np.int64) | dict.fromkeys(_BOOLEANS, np.uint8)
+# what is known of documents with nats
+_TRACED = ("layer", "latents", "offset", "error", "left_out", "bos")
 _SHAPES = {"ce": "N2", "latents": "SN", "offset": "SN", "error": "SN"}
 
 
@@ -161,13 +167,15 @@ def write_attribution(directory: Path, found: Attribution) -> list[str]:
         columns |= {name: columns[name].astype(np.uint8) for name in _BOOLEANS}
         tables = {DOCUMENTS: columns, LATENTS: {"nats": found.nats}}
     directory.mkdir(parents=True, exist_ok=True)
+    # all are written before the first takes its place, so that a full disk leaves what was there
+    with ExitStack() as stack:
+        for name, table in tables.items():
+            temporary = stack.enter_context(atomic_path(directory / name))
+            arrays = {key: np.ascontiguousarray(array) for key, array in table.items()}
+            save_file(arrays, temporary, metadata={"fastdiff": canonical_json({"schema": SCHEMA})})
     for name in (DOCUMENTS, LATENTS):
         if name not in tables:
             (directory / name).unlink(missing_ok=True)
-            continue
-        with atomic_path(directory / name) as temporary:
-            arrays = {key: np.ascontiguousarray(array) for key, array in tables[name].items()}
-            save_file(arrays, temporary, metadata={"fastdiff": canonical_json({"schema": SCHEMA})})
     write_json(directory / SUMMARY, found.summary.model_dump(by_alias=True))
     return [*tables, SUMMARY]
 
@@ -206,6 +214,14 @@ def read_attribution(directory: Path) -> Attribution:
         wanted = tuple(sizes[letter] for letter in _SHAPES.get(name, "N"))
         if columns[name].shape != wanted:
             raise InputError(f"{path}: {name} is {columns[name].shape}, expected {wanted}; {_again(directory)}")
+        if columns[name].dtype != _TYPES.get(name, np.float64):
+            raise InputError(f"{path}: {name} is of type {columns[name].dtype}; {_again(directory)}")
+    for name in ("ce", *_TRACED):
+        known = columns[name] if name == "ce" else columns[name][..., columns["has_nats"].astype(bool)]
+        if not np.isfinite(known).all():
+            raise InputError(f"{path}: {name} holds NaN or infinity; {_again(directory)}")
+    if any(not math.isfinite(summary.unigram_entropy.get(name, math.nan)) for name in summary.categories):
+        raise InputError(f"{directory / SUMMARY}: lacks the unigram entropy of a category; {_again(directory)}")
     category = columns["category"]
     if len(category) and not 0 <= category.min() <= category.max() < len(summary.categories):
         raise InputError(f"{path}: a document is of a category that {SUMMARY} does not name; {_again(directory)}")

@@ -1,5 +1,6 @@
 """The stage: what it chooses, what it says, what it refuses, and what a kill leaves."""
 
+import errno
 import json
 import math
 import re
@@ -20,8 +21,9 @@ from fastdiff.attribution.choose import Choice, unigram_entropy
 from fastdiff.cli import cli
 from fastdiff.config import AnalyzeConfig, AttributeConfig, TrainConfig
 from fastdiff.crosscoder.train import train, train_seeds
-from fastdiff.errors import FastdiffError, InputError, OptionError
+from fastdiff.errors import FastdiffError, InputError, OptionError, ResourceError
 from fastdiff.patching.halves import UpperHalf
+from fastdiff.results import attribution as results
 from fastdiff.results.attribution import category_means, read_attribution, read_summary
 from fastdiff.rundir import read_json, sha256_file, write_json
 from fastdiff.store.reader import ActivationStore
@@ -203,6 +205,43 @@ def swapped(store):
     models = [info.model_dump() for info in store.meta.models]
     models[0]["layer"] += 1
     return models
+
+
+def test_a_result_that_was_checked_stands_where_the_models_are_gone(inputs, tmp_path):
+    pair = tmp_path / "pair"
+    shutil.copytree(inputs, pair)
+    run = make_run(make_store(pair, tmp_path / "acts"), tmp_path / "run")
+    attribute(run, CONFIG)
+    before = hashes(run)
+    (pair / "tuned").rename(pair / "away")
+    with pytest.raises(
+        InputError, match=r"no such directory.*put it back.*; the earlier result in .*attribution stands"
+    ):
+        attribute(run, CONFIG.model_copy(update={"documents": 5}))
+    assert hashes(run) == before
+    # of other crosscoders it would say nothing true, so it goes
+    shutil.rmtree(run / "crosscoder" / "seed-1")
+    attribute(run, CONFIG)
+    assert read_summary(run / "attribution").state == "not checked" and set(hashes(run)) == {
+        "DONE.json",
+        "summary.json",
+    }
+
+
+def test_a_full_disk_leaves_the_result_that_was_there(runs, monkeypatch, tmp_path):
+    _, run = runs(fresh=tmp_path / "run")
+    attribute(run, CONFIG)
+    before, save = hashes(run), results.save_file
+
+    def full(tensors, path, **options):
+        if "latents" in str(path):
+            raise OSError(errno.ENOSPC, "full")
+        save(tensors, path, **options)
+
+    monkeypatch.setattr(results, "save_file", full)
+    with pytest.raises(ResourceError, match=r"latents\.safetensors: no space left"):
+        attribute(run, CONFIG.model_copy(update={"documents": 5}))
+    assert hashes(run) == before
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ def write_nats(
         left_out=zeros,
         bos=zeros,
     )
-    summary = Summary(state="checked", seeds=list(seeds), categories=list(names), tau=0.05, dict_size=nats.shape[2])
+    summary = Summary(
+        state="checked", seeds=list(seeds), categories=list(names), unigram_entropy=dict.fromkeys(names, 5.0), tau=0.05,
+        dict_size=nats.shape[2],
+    )  # fmt: skip
     outputs = write_attribution(run / "attribution", Attribution(summary, table, nats.astype(np.float32)))
     rundir.finish(run / "attribution", "attribute", {}, {f"seed-{seed}": model for seed in seeds}, outputs)
