@@ -82,7 +82,9 @@ class SpliceFigures:
             f"with its reconstruction {of.name} has cross entropy {of.ce_spliced:.4f} instead of {of.ce:.4f} "
             f"({of.ce_mean:.4f} with the mean, {of.ce_zero:.4f} with zeros): "
             + (
-                "zeros do no harm"
+                "NaN or infinity, so nothing is known"
+                if not math.isfinite(of.ce + of.ce_spliced)
+                else "zeros do no harm"
                 if math.isnan(of.loss_recovered)
                 else f"{of.loss_recovered:.2%} of the loss recovered"
             )

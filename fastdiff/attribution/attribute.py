@@ -316,6 +316,7 @@ class _Stage:
             too_short=int((~self._choice.eligible).sum()),
             documents=counts,
             documents_with_nats=with_nats,
+            none_long_enough=self._none_long_enough(),
             few_documents=[name for name, n in with_nats.items() if n < FEW_DOCUMENTS],
             **about,
         )
@@ -343,6 +344,11 @@ class _Stage:
         """The categories that have documents at all, by their code among all."""
         present = set(self._choice.category[list(self._documents)].tolist())
         return [(c, name) for c, name in enumerate(self._choice.categories) if c in present]
+
+    def _none_long_enough(self) -> list[str]:
+        """Categories of the store of which no document can be taken."""
+        stored = {self._choice.categories[c] for c in np.unique(self._choice.category)}
+        return sorted(stored - {name for _, name in self._categories()})
 
     def _scored_of(self, batch: Batch) -> list[NDArray[np.bool_]]:
         return [self._scored[self._place[document.number]] for document in batch.documents]
@@ -486,9 +492,7 @@ class _Stage:
         if not choice.named:
             say("attribute: the documents have no categories, so there is one per data set; see --category-field")
         if short := int((~choice.eligible).sum()):
-            present = {name for _, name in self._categories()}
-            stored = {choice.categories[c] for c in np.unique(choice.category)}
-            gone = ", ".join(sorted(stored - present))
+            gone = ", ".join(self._none_long_enough())
             rest = f", so that none is left of {gone}: the verdict will have no row of it" if gone else ""
             say(f"attribute: {short:,} documents have fewer than two scored tokens and are left out{rest}")
         counts = {name: int((choice.category[places] == c).sum()) for c, name in self._categories()}

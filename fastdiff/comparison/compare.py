@@ -120,7 +120,8 @@ def compare(
 
     Raises:
         InputError: A run is missing a stage, or its labels belong to another analysis.
-        OptionError: More than two runs, two with different base models, or `out` or the null run is one of them.
+        OptionError: More than two runs, or two with different base models; the null run is one of them; `out` is a run,
+            a store or a stage of a run.
         LockedError: Another process writes to `out`.
     """
     if len(runs) not in (1, 2):
@@ -129,8 +130,8 @@ def compare(
         raise OptionError(
             f"--null {config.null_run}: is compared itself; give a run whose models differ by nothing that counts"
         )
-    if len(runs) == 2 and out.resolve() in [run.resolve() for run in runs]:
-        raise OptionError(f"{out}: is one of the two runs; choose a directory of its own for the comparison")
+    if len(runs) == 2:
+        _check_own_directory(out)
     names = names or _names(runs)
     paths = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]
     target = out / "compare"
@@ -140,7 +141,10 @@ def compare(
         for name, run in zip(names, runs, strict=True):
             inputs |= {f"{name}/{file}": sha for file, sha in (_inputs(run) | attribution_inputs(run)).items()}
         if config.null_run is not None:
-            inputs |= {f"--null/{file}": sha for file, sha in _null_inputs(config.null_run).items()}
+            of_null = _null_inputs(config.null_run)
+            if of_null in [attribution_inputs(run) for run in runs]:
+                raise OptionError(f"--null {config.null_run}: is a copy of a run that is compared; give another run")
+            inputs |= {f"--null/{file}": sha for file, sha in of_null.items()}
         schemas = {STATISTICS: STATISTICS_SCHEMA, "verdict.json": VERDICT_SCHEMA}
         stage = lock.stage(target, "compare", settings, inputs, OUTPUTS, schemas=schemas)
         if stage.up_to_date():
@@ -186,6 +190,18 @@ def compare(
     return target
 
 
+def _check_own_directory(out: Path) -> None:
+    """That a comparison of two runs takes the place of nothing else.
+
+    Raises:
+        OptionError: It would.
+    """
+    a_run = dict.fromkeys(("crosscoder", "analysis"), "a run")
+    for file, what in (a_run | {"store.json": "a store", rundir.DONE: "a stage of a run"}).items():
+        if (out / file).exists():
+            raise OptionError(f"{out}: is {what}; choose a directory of its own for the comparison")
+
+
 def _inputs(run: Path) -> dict[str, str]:
     """Hashes of what is compared, once it is sure that the labels are of this very analysis."""
     return {
@@ -200,8 +216,8 @@ def _null_inputs(null: str) -> dict[str, str]:
         InputError: It has none.
     """
     run = Path(null)
-    if not run.is_dir():
-        raise InputError(f"--null {null}: no such run directory")
+    if not null or not (run / "crosscoder").is_dir():
+        raise InputError(f"--null {null!r}: no run that `fastdiff train` made")
     found = attribution_inputs(run)
     if not found:
         raise InputError(f"--null {null}: has no attribution; run `fastdiff attribute {null}` first")

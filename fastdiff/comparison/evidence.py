@@ -11,11 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff import rundir
-from fastdiff.comparison.verdict import CategoryEvidence, decide, evidence, paired, sentences, tau_from_null
+from fastdiff.comparison.verdict import (
+    MIN_DOCUMENTS,
+    CategoryEvidence,
+    decide,
+    evidence,
+    paired,
+    sentences,
+    tau_from_null,
+)
 from fastdiff.config import CompareConfig
 from fastdiff.errors import InputError, OptionError
 from fastdiff.results.attribution import DIRECTORY, Attribution, Summary, read_attribution
 from fastdiff.results.verdict import SCHEMA, Comparison, TauFrom, Verdict, VerdictFile
+
+# nats per token by which one model's cross entropy of a text may differ between two runs, which may round otherwise
+_SAME_BASE = 0.02
 
 
 @dataclass(frozen=True)
@@ -125,14 +136,28 @@ def verdict_file(runs: Sequence[RunEvidence], config: CompareConfig, null: RunEv
         null: An A/A run, whose models differ by nothing that counts; it raises τ to what it shows.
 
     Raises:
-        InputError: The null run is not checked.
-        OptionError: Two runs have no scored document in common, or score different tokens.
+        InputError: The null run is not checked, or shows nothing.
+        OptionError: The null run has another base model, layer or hook, or scores other tokens; or two runs have no
+            scored document in common, or score different tokens.
     """
     tau, tau_from = config.tau, None
     if null is not None:
         if null.reason is not None:
             raise InputError(f"--null {config.null_run}: not checked ({null.reason}); {null.remedy}")
+        for run in runs:
+            if why := _unlike(run, null):
+                raise OptionError(f"--null {config.null_run}: {why} than {run.name}; give a run of the same kind")
         tau, largest = tau_from_null(null.categories, config.tau)
+        if largest is None:
+            raise InputError(
+                f"--null {config.null_run}: no category that either model masters has {MIN_DOCUMENTS} documents, so it "
+                f"shows nothing; run `fastdiff attribute {config.null_run}` with more --documents, or on other text"
+            )
+        if largest == 0:
+            raise InputError(
+                f"--null {config.null_run}: its two models behave exactly alike, so it bounds nothing; "
+                "give a pair of which one was trained further on its own data"
+            )
         tau_from = TauFrom(run=null.name, largest=largest)
     comparisons = [
         _decided(
@@ -152,6 +177,23 @@ def verdict_file(runs: Sequence[RunEvidence], config: CompareConfig, null: RunEv
             "comparisons": comparisons,
         }
     )
+
+
+def _unlike(run: RunEvidence, null: RunEvidence) -> str | None:
+    """In what a null run differs from one that it is to be held against; None if in nothing, as far as is known."""
+    if run.summary is None or null.summary is None or run.reason is not None:
+        return None
+    other = {"layer": "reads another layer", "hook": "reads another hook", "scored": "scores other tokens"}
+    for name, words in other.items():
+        if getattr(run.summary, name) != getattr(null.summary, name):
+            return words
+    # the same base model predicts the same text alike
+    of_run, of_null = (
+        {int(text): ce for item in one.categories for text, ce in zip(item.text, item.base_ce, strict=True)}
+        for one in (run, null)
+    )
+    differences = [abs(ce - of_run[text]) for text, ce in of_null.items() if text in of_run]
+    return "has another base model" if differences and np.median(differences) > _SAME_BASE else None
 
 
 def _difference(first: RunEvidence, second: RunEvidence, config: CompareConfig, tau: float) -> Comparison:

@@ -233,7 +233,8 @@ def _measure(items: Sequence[CategoryEvidence], confidence: float) -> list[_Meas
 def _word(row: _Measured, tau: float, alpha: float) -> tuple[Change, Word, Reason | None]:
     """The verdict of one category; the order of the checks is part of the rule."""
     if not row.enough:
-        return "none", "cannot tell", "too few documents"
+        few = len(row.item.behaviour) < MIN_DOCUMENTS
+        return "none", "cannot tell", "too few documents" if few else "too few traced documents"
     b = state(row.B, row.q["B"], tau, alpha)
     if b == "unsure" and row.B.half_width > tau:
         return "none", "cannot tell", "interval too wide"
@@ -337,7 +338,10 @@ def decide(
                 reason=reason,
                 documents=len(item.behaviour),
                 documents_nats=len(item.layer),
-                documents_needed=documents_needed(item.behaviour, tau, confidence) if word == "cannot tell" else None,
+                # more text does not help where too little of it was traced
+                documents_needed=None
+                if word != "cannot tell" or reason == "too few traced documents"
+                else documents_needed(item.behaviour, tau, confidence),
                 ce_base=_finite(float(ce[0])),
                 ce_tuned=_finite(float(ce[1])),
                 unigram_entropy=_finite(item.unigram_entropy),
@@ -360,19 +364,20 @@ def decide(
     return verdicts
 
 
-def tau_from_null(evidence: Iterable[CategoryEvidence], least: float = TAU) -> tuple[float, float]:
+def tau_from_null(evidence: Iterable[CategoryEvidence], least: float = TAU) -> tuple[float, float | None]:
     """τ from an A/A run, whose models differ by nothing that counts.
 
     Returns:
-        τ = max(least, largest), and largest: the greatest |B| or |V| over the categories that pass the guard.
+        τ = max(least, largest), and largest: the greatest |B| or |V| over the categories of at least eight documents
+        that pass the guard; None if there is no such category.
     """
-    largest = 0.0
+    shown = []
     for item in evidence:
-        if passes_guard(item, least):
-            largest = max(largest, abs(float(item.behaviour.mean())))
+        if len(item.behaviour) >= MIN_DOCUMENTS and passes_guard(item, least):
+            shown.append(abs(float(item.behaviour.mean())))
             if item.latents.size:
-                largest = max(largest, abs(float((item.latents + item.offset).mean())))
-    return max(least, largest), largest
+                shown.append(abs(float((item.latents + item.offset).mean())))
+    return max([least, *shown]), max(shown, default=None)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -66,6 +66,7 @@ class Summary(BaseModel):
         documents: Of each category.
         documents_with_nats: Of each category.
         few_documents: Categories with fewer than 8 documents with nats.
+        none_long_enough: Categories of the store of which no document has two scored tokens.
         dict_size: F.
     """
 
@@ -89,6 +90,7 @@ class Summary(BaseModel):
     documents: dict[str, int] = {}
     documents_with_nats: dict[str, int] = {}
     few_documents: list[str] = []
+    none_long_enough: list[str] = []
     dict_size: int | None = None
 
 

@@ -125,7 +125,8 @@ def compared(runs: Mapping[str, Path], verdict: VerdictFile, *, by_name: bool = 
     found = []
     for comparison in verdict.comparisons:
         called = [name if by_name else str(runs[name]) for name in comparison.runs]
-        own = [_null(called, comparison, verdict), _power(comparison)]
+        lost = [name for run in comparison.runs for name in _none_long_enough(runs[run])]
+        own = [_null(called, comparison, verdict), _power(called, comparison, list(dict.fromkeys(lost)))]
         if comparison.kind == "pair":
             own = [*run_checks(runs[comparison.runs[0]], COMPARED, called[0]), *own]
         found.append(Trusted(of=comparison.name, checks=own))
@@ -207,6 +208,9 @@ def _splice(run: str, analysis: dict[str, Any] | None) -> Check:
     if facts is None:
         says = "The reconstructions were not put back into the models."
         return Check(name="splice", state="not checked", says=says, remedy=f"fastdiff analyze {run} --splice")
+    if broken := [model["name"] for model in facts["models"] if model["ce"] is None or model["ce_spliced"] is None]:
+        says = f"{' and '.join(broken)} gave NaN or infinity, so nothing is known of the reconstructions."
+        return Check(name="splice", state="not checked", says=says, remedy="see whether the weights are whole")
     recovered = [model["loss_recovered"] for model in facts["models"]]
     shown = " and ".join("–" if share is None else f"{share:.0%}" for share in recovered)
     says = f"Reconstructions in place of the activations recover {shown} of the loss that zeros there cost."
@@ -248,10 +252,20 @@ def _null(called: Sequence[str], comparison: Comparison, verdict: VerdictFile) -
     return Check(name="null", state="poor", says=f"{says} Smaller changes cannot be distinguished from that pair.")
 
 
-def _power(comparison: Comparison) -> Check:
+def _none_long_enough(run: Path) -> list[str]:
+    directory = run / DIRECTORY
+    return read_summary(directory).none_long_enough if (directory / DONE).exists() else []
+
+
+def _power(called: Sequence[str], comparison: Comparison, lost: Sequence[str]) -> Check:
     if comparison.state == "not checked":
         return Check(name="power", state="not checked", says="No category was decided.", remedy=comparison.remedy)
     rows = [row for row in comparison.rows if row.verdict == "cannot tell"]
+    if lost:
+        says = f"No document of {', '.join(lost)} has two scored tokens, so there is no row of it."
+        if rows:
+            says += f" Nor could be decided: {', '.join(row.category for row in rows)}."
+        return Check(name="power", state="poor", says=says, remedy="extract longer documents, or more of each category")
     if not rows:
         n = min((row.documents_nats for row in comparison.rows), default=0)
         return Check(name="power", state="fine", says=f"Every category was decided, on {n} documents or more.")
@@ -259,6 +273,10 @@ def _power(comparison: Comparison) -> Check:
     says = f"{len(rows)} of {len(comparison.rows)} categories could not be decided: {names}."
     needed = max((row.documents_needed or 0 for row in rows), default=0)
     remedy = f"extract about {needed} documents of each" if needed else "extract more documents of each"
+    if all(row.reason == "too few traced documents" for row in rows):
+        remedy = f"fastdiff attribute {called[0]} with more --documents"
+        if len(called) > 1:
+            remedy = "extract both runs from the same text, so that the same documents are traced in both"
     return Check(name="power", state="poor", says=says, remedy=remedy)
 
 

@@ -30,6 +30,7 @@ Reason = Literal[
     "not by this layer",
     "inside: cannot tell",
     "too few documents",
+    "too few traced documents",
     "interval too wide",
     "too few labelled latents",
 ]

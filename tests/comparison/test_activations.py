@@ -1,6 +1,7 @@
 """Lean and norm ratio of categories, from the files of an analysis, against numbers counted by hand."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fastdiff.comparison.activations import activation_rows, token_labels
 from fastdiff.comparison.evidence import run_evidence, verdict_file
 from fastdiff.comparison.verdict import rank_z
 from fastdiff.config import CompareConfig
-from fastdiff.errors import InputError
+from fastdiff.errors import InputError, OptionError
 from fastdiff.results.analysis import LATENT_COLUMNS
 from fastdiff.results.attribution import Attribution, DocumentTable, Summary, write_attribution
 from fastdiff.results.verdict import lines
@@ -141,3 +142,44 @@ def test_an_analysis_of_an_earlier_version_names_the_command(tmp_path):
     rundir.write_json(path, facts)
     with pytest.raises(InputError, match=r"earlier version.*run `fastdiff analyze"):
         activation_rows(run, alpha=0.05)
+
+
+def changed(of, *, ce=0.0, L=0.0, summary=None):
+    """Evidence with another cross entropy of base, behaviour and L, or summary."""
+    categories = [
+        replace(item, base_ce=item.base_ce + ce, behaviour=item.behaviour + L, ce=item.ce + ce, layer=item.layer + L)
+        for item in of.categories
+    ]
+    return replace(of, categories=categories, summary=of.summary.model_copy(update=summary or {}))
+
+
+def test_a_null_run_raises_tau_and_one_that_cannot_is_refused(tmp_path):
+    run, null = (evidence_of(attributed(analysed(tmp_path / name)), name) for name in ("run", "null"))
+    config = CompareConfig(null_run="null")
+    file = verdict_file([run], config, changed(null, L=0.2))
+    assert file.tau == pytest.approx(0.2, abs=0.01) and file.tau_from.largest == pytest.approx(file.tau)
+    for summary, words in (
+        ({"layer": 7}, "reads another layer than run"),
+        ({"hook": "mlp_out"}, "reads another hook"),
+        ({"scored": "answers"}, "scores other tokens"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            verdict_file([run], config, changed(null, L=0.2, summary=summary))
+    with pytest.raises(OptionError, match="has another base model than run; give a run of the same kind"):
+        verdict_file([run], config, changed(null, ce=0.1, L=0.2))
+    # nobody masters a text of 20 nats a token
+    with pytest.raises(InputError, match="no category that either model masters has 8 documents, so it shows nothing"):
+        verdict_file([run], config, replace(null, categories=[replace(c, ce=c.ce + 20) for c in null.categories]))
+    few = [replace(c, behaviour=c.behaviour[:7]) for c in null.categories]
+    with pytest.raises(InputError, match="has 8 documents"):
+        verdict_file([run], config, replace(null, categories=few))
+    same = [replace(c, behaviour=c.behaviour * 0, latents=c.latents * 0, offset=c.offset * 0) for c in null.categories]
+    with pytest.raises(InputError, match="behave exactly alike"):
+        verdict_file([run], config, replace(null, categories=same))
+
+
+def test_documents_that_were_not_traced_are_no_reason_for_more_text(tmp_path):
+    of = evidence_of(attributed(analysed(tmp_path / "run")))
+    few = [replace(c, layer=c.layer[:5], latents=c.latents[:, :5], offset=c.offset[:, :5]) for c in of.categories]
+    (pair,) = verdict_file([replace(of, categories=few)], CompareConfig(), None).comparisons
+    assert {(row.reason, row.documents_needed) for row in pair.rows} == {("too few traced documents", None)}

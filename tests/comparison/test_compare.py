@@ -359,9 +359,20 @@ class TestTwoRuns:
                 compare(chosen, tmp_path / "out", CONFIG)
 
     def test_a_run_is_not_overwritten_with_the_comparison(self, runs):
-        with pytest.raises(OptionError, match="one of the two runs"):
+        with pytest.raises(OptionError, match="is a run; choose a directory of its own"):
             compare(runs, runs[1], CONFIG)
         assert not (runs[1] / "compare").exists()
+
+    @pytest.mark.parametrize(
+        ("file", "what"), [("analysis/x", "a run"), ("store.json", "a store"), ("DONE.json", "a stage")]
+    )
+    def test_nothing_else_is_overwritten_with_it(self, runs, tmp_path, file, what):
+        place = tmp_path / "third" / file
+        place.parent.mkdir(parents=True)
+        place.write_text("")
+        with pytest.raises(OptionError, match=f"third: is {what}.*; choose a directory of its own"):
+            compare(runs, tmp_path / "third", CONFIG)
+        assert [path for path in (tmp_path / "third").rglob("*") if path.is_file()] == [place]
 
 
 class TestSkipping:

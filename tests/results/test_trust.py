@@ -12,7 +12,8 @@ from fastdiff.results.verdict import Comparison, Estimate, Tested, Verdict, Verd
 
 LEFT_OUT = {"max_norm": 3.0, "rows": 28, "share": 0.028, "variance_share": [0.5, 0.48]}
 FINE = {"rows": "held-out", "n_rows": 100, "fve": [0.9, 0.85], "fve_all": [0.9, 0.85], "never_fired": 1}
-SPLICE = {"models": [{"loss_recovered": 0.99}, {"loss_recovered": 0.97}]}
+WHOLE = {"name": "m", "ce": 2.0, "ce_spliced": 2.1}
+SPLICE = {"models": [{**WHOLE, "loss_recovered": 0.95}] * 2}
 TESTED = Tested(mean=0.5, low=0.4, high=0.6, p=0.0, q=0.0)
 
 
@@ -114,8 +115,16 @@ def test_seeds(tmp_path: Path, n, state) -> None:
 
 @pytest.mark.parametrize(("shares", "state"), [((0.99, 0.9), "fine"), ((0.99, 0.89), "poor"), ((None, 0.95), "fine")])
 def test_splice(tmp_path: Path, shares, state) -> None:
-    write_analysis(tmp_path, splice={"models": [{"loss_recovered": share} for share in shares]})
+    write_analysis(tmp_path, splice={"models": [{**WHOLE, "loss_recovered": share} for share in shares]})
     assert check(tmp_path, "splice").state == state
+
+
+@pytest.mark.parametrize("name", ["ce", "ce_spliced"])
+def test_splice_of_a_model_that_gives_nan_is_not_checked(tmp_path: Path, name) -> None:
+    broken = {**WHOLE, "name": "broken", "loss_recovered": None, name: None}
+    write_analysis(tmp_path, splice={"models": [{**WHOLE, "loss_recovered": 0.95}, broken]})
+    found = check(tmp_path, "splice")
+    assert found.state == "not checked" and found.says.startswith("broken gave NaN or infinity")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +186,17 @@ def test_power(tmp_path: Path) -> None:
         and "1 of 2 categories could not be decided" in found.says
         and "120 documents" in str(found.remedy)
     )
+    few = verdict(row("confirmed"), row("cannot tell", reason="too few traced documents"))
+    assert of(tmp_path, few, "power").remedy == f"fastdiff attribute {tmp_path} with more --documents"
     found = of(tmp_path, verdict(state="not checked"), "power")
     assert found.state == "not checked" and found.remedy == "fastdiff attribute run"
+    write_attribution(tmp_path, none_long_enough=["tiny", "ink"])
+    found = of(tmp_path, verdict(row("confirmed")), "power")
+    assert (
+        found.state == "poor"
+        and found.says == "No document of tiny, ink has two scored tokens, so there is no row of it."
+    )
+    assert "Nor could be decided: code." in of(tmp_path, verdict(row("cannot tell")), "power").says
 
 
 def test_green_needs_all(tmp_path: Path) -> None:
