@@ -93,7 +93,7 @@ class ExtractConfig(StageConfig):
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         if self.answer_field and self.messages_field:
-            raise ValueError("answer_field goes with the text field; with messages_field, answers are messages")
+            raise ValueError("--answer-field goes with --text-field; with --messages-field, answers are messages")
         return self
 
     @model_validator(mode="before")
@@ -371,7 +371,7 @@ class CompareConfig(StageConfig):
     """How changes are decided and category differences are tested."""
 
     alpha: float = Field(0.05, gt=0, lt=1, description="False discovery rate: a category is significant if q < this.")
-    confidence: float = Field(0.95, gt=0, lt=1, description="Coverage of the intervals.")
+    confidence: float = Field(0.95, gt=0, le=0.9999, description="Coverage of the intervals.")
     tau: float = Field(0.05, gt=0, description="Smallest change that counts as one, in nats per scored token.")
     # YAML reads a key called null as no key at all
     null_run: str | None = Field(

@@ -341,11 +341,11 @@ def _report(encoded: Encoded, encoder: Encoder, corpus: Corpus, config: ExtractC
         progress.say(f"the text ends before --max-tokens {config.max_tokens:,}")
     if encoder.rewritten:
         progress.say(f"the chat template rewrote {encoder.rewritten:,} messages; their tokens have the role template")
-    for line in _what_a_verdict_lacks(encoded):
+    for line in _what_a_verdict_lacks(encoded, config):
         progress.say(line)
 
 
-def _what_a_verdict_lacks(encoded: Encoded) -> Iterator[str]:
+def _what_a_verdict_lacks(encoded: Encoded, config: ExtractConfig) -> Iterator[str]:
     """What about the text will keep a verdict from being reached, said before hours of work and not behind them."""
     categories = [source["category"] for source in encoded.sources]
     if set(categories) == {None}:
@@ -356,7 +356,10 @@ def _what_a_verdict_lacks(encoded: Encoded) -> Iterator[str]:
         yield f"fewer than {FEW_DOCUMENTS} documents, too few for a verdict: {', '.join(few)}"
     roles = {ROLES[role] for sequence in encoded.sequences for role in np.unique(sequence.roles)}
     if "user" in roles and "assistant" not in roles:
-        yield "no document has an answer, so no behaviour can be scored; --answer-field or --messages-field names it"
+        yield (
+            "no document has an answer, so no behaviour can be scored; --answer-field or --messages-field names it, "
+            f"and --ctx-len {config.ctx_len} must not cut it off"
+        )
 
 
 def _meta(

@@ -103,5 +103,11 @@ def read_statistics(compare: Path) -> Statistics:
 
 
 def compared_runs(compare: Path) -> dict[str, Path]:
-    """Run directories of a comparison by the names it gives them; raises as `read_statistics`."""
-    return {run.name: compare.parent / run.path for run in read_statistics(compare).runs}
+    """Run directories of a comparison by the names it gives them, below the working directory as relative paths.
+
+    Raises:
+        InputError: As `read_statistics`.
+    """
+    here = Path.cwd()
+    paths = {run.name: (compare.parent / run.path).resolve() for run in read_statistics(compare).runs}
+    return {name: path.relative_to(here) if path.is_relative_to(here) else path for name, path in paths.items()}
