@@ -393,7 +393,7 @@ def test_an_answer_that_is_none_is_refused(tmp_path, record, message) -> None:
 
 
 def test_answers_belong_to_texts_and_not_to_chats() -> None:
-    with pytest.raises(ValueError, match="answer_field goes with the text field"):
+    with pytest.raises(ValueError, match="--answer-field goes with --text-field"):
         config("x.jsonl", answer_field="a", messages_field="m")
 
 
