@@ -139,6 +139,8 @@ def _analyze(
     table["top_tokens"] = _top_tokens(store, firing)
     table["stability"], stable = _stability(store, crosscoder, others, rows, table, config, progress)
     table["concept"] = concepts_of_sides(store, crosscoder, rows, table, config, progress)
+    counted = others if config.all_seeds else {}
+    of_others = other_seeds(store, counted, n_rows, rows, config, progress)
     quality, held_out = _quality(store, crosscoder, facts, config)
     by_nats = [] if nats is None else nats.of_any_row()
     chosen = _choose(table, by_nats, config)
@@ -155,8 +157,7 @@ def _analyze(
     write_latents(target.parent, table)
     with rundir.atomic_path(target / "firing.safetensors") as temporary:
         save_file({name: getattr(firing, of) for name, of in TABLES.items()}, temporary)
-    others = others if config.all_seeds else {}
-    write_seed_latents(target, other_seeds(store, others, n_rows, rows, config, progress))
+    write_seed_latents(target, of_others)
     delta, fired = table["delta_norm"], firing.count > 0
     counts, edges = np.histogram(delta[fired & np.isfinite(delta)], bins=40, range=(0, 1))
     rundir.write_json(
@@ -172,7 +173,7 @@ def _analyze(
             "specific": {side: int((table["specific"] == side).sum()) for side in ("base", "tuned")},
             "never_fired": int((~fired).sum()),
             "stability": stable,
-            "seeds": {"analysed": config.train_seed, "others": list(others)},
+            "seeds": {"analysed": config.train_seed, "others": list(counted)},
             "splice": spliced,
             "left_out": store.left_out_facts(),
             "by_nats": by_nats,

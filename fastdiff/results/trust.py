@@ -262,9 +262,9 @@ def _power(called: Sequence[str], comparison: Comparison, lost: Sequence[str]) -
         return Check(name="power", state="not checked", says="No category was decided.", remedy=comparison.remedy)
     rows = [row for row in comparison.rows if row.verdict == "cannot tell"]
     if lost:
-        says = f"No document of {', '.join(lost)} has two scored tokens, so there is no row of it."
+        says = f"There is no row of {', '.join(lost)}: none of the documents has two scored tokens."
         if rows:
-            says += f" Nor could be decided: {', '.join(row.category for row in rows)}."
+            says += f" Besides, {', '.join(row.category for row in rows)} could not be decided."
         return Check(name="power", state="poor", says=says, remedy="extract longer documents, or more of each category")
     if not rows:
         n = min((row.documents_nats for row in comparison.rows), default=0)

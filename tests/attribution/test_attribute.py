@@ -15,7 +15,8 @@ from tiny_runs import LAYER, Said, make_run, make_store, save_model, tokenizer
 
 from fastdiff import rundir
 from fastdiff.analysis.analyze import analyze
-from fastdiff.attribution import attribute as module
+from fastdiff.attribution import attribute as attribute_module
+from fastdiff.attribution import tracing as module
 from fastdiff.attribution.attribute import attribute
 from fastdiff.attribution.choose import Choice, unigram_entropy
 from fastdiff.cli import cli
@@ -70,7 +71,7 @@ def test_a_kill_at_any_step_leaves_nothing_that_counts(runs, monkeypatch, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module if at == "write_attribution" else rundir, at, killed)
+        patch.setattr(attribute_module if at == "write_attribution" else rundir, at, killed)
         with pytest.raises(KeyboardInterrupt):
             attribute(run, CONFIG)
     assert not (run / "attribution" / "DONE.json").exists()

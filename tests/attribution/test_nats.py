@@ -8,7 +8,7 @@ import torch
 from tiny_runs import LAYER, make_run, make_store, tokenizer
 from transformers import AutoModelForCausalLM
 
-from fastdiff.attribution import attribute as module
+from fastdiff.attribution import tracing as module
 from fastdiff.attribution.attribute import attribute
 from fastdiff.config import AttributeConfig
 from fastdiff.crosscoder.saved import load_crosscoder
@@ -304,7 +304,7 @@ def test_seeds_do_not_depend_on_one_another(runs, monkeypatch, tmp_path, residen
     both = read_attribution(run / "attribution")
     _, alone = runs(fresh=tmp_path / "run")
     (alone / "crosscoder" / "seed-0" / "DONE.json").unlink()
-    monkeypatch.setattr(module._Stage, "_fit", lambda self, device: resident)
+    monkeypatch.setattr(module.Tracer, "_fit", lambda self, device: resident)
     attribute(alone, CONFIG)
     found = read_attribution(alone / "attribution")
     assert found.summary.seeds == [1] and (found.nats[0] == both.nats[1]).all()

@@ -382,7 +382,7 @@ class TestSkipping:
         files = {path.name: path.read_bytes() for path in (run / "compare").iterdir()}
         assert set(files) == {"categories.csv", "seeds.csv", "statistics.json", "verdict.json", "DONE.json"}
         with monkeypatch.context() as patch:
-            patch.setattr("fastdiff.comparison.compare.compare_shares", None)  # calling it fails
+            patch.setattr("fastdiff.comparison.published.compare_shares", None)  # calling it fails
             compare([run], run, CONFIG)
             with pytest.raises(TypeError):
                 compare([run], run, CompareConfig(alpha=0.1))

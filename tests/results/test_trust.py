@@ -194,9 +194,9 @@ def test_power(tmp_path: Path) -> None:
     found = of(tmp_path, verdict(row("confirmed")), "power")
     assert (
         found.state == "poor"
-        and found.says == "No document of tiny, ink has two scored tokens, so there is no row of it."
+        and found.says == "There is no row of tiny, ink: none of the documents has two scored tokens."
     )
-    assert "Nor could be decided: code." in of(tmp_path, verdict(row("cannot tell")), "power").says
+    assert "Besides, code could not be decided." in of(tmp_path, verdict(row("cannot tell")), "power").says
 
 
 def test_green_needs_all(tmp_path: Path) -> None:
