@@ -19,6 +19,7 @@ from fastdiff.results.analysis import read_analysis_summary
 from fastdiff.results.labels import read_labels
 from fastdiff.results.seeds import read_seed_labels, read_seed_latents
 
+pytestmark = pytest.mark.slow
 CONFIG = AnalyzeConfig(batch_size=512, examples=2, cards=10, nu_error_max=0.6, nu_reconstruction_max=0.9)
 TABLES = ("documents_by_source", "mean_by_source", "squares_by_source", "peaks_by_source")
 

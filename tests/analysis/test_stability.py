@@ -278,6 +278,7 @@ def seeds(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_second_seed_makes_analyze_run_again_and_fills_the_column(seeds, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(seeds / "run", run)
@@ -315,6 +316,7 @@ def test_a_second_seed_makes_analyze_run_again_and_fills_the_column(seeds, tmp_p
     assert {path.name: path.read_bytes() for path in (run / "analysis").iterdir()} == after
 
 
+@pytest.mark.slow
 def test_both_sides_find_the_same_pairs(seeds, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(seeds / "run", run)
@@ -329,6 +331,7 @@ def test_both_sides_find_the_same_pairs(seeds, tmp_path):
 @pytest.mark.parametrize(
     ("other", "word"), [({"normalize": "none"}, "--normalize"), ({}, "store")], ids=["normalize", "store"]
 )
+@pytest.mark.slow
 def test_a_seed_in_another_space_is_left_out_and_said(seeds, tmp_path, other, word):
     run = tmp_path / "run"
     shutil.copytree(seeds / "run", run)
@@ -343,6 +346,7 @@ def test_a_seed_in_another_space_is_left_out_and_said(seeds, tmp_path, other, wo
     assert [line for line in said.lines if f"seed-2: of another {word}," in line]
 
 
+@pytest.mark.slow
 def test_a_damaged_seed_is_refused(seeds, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(seeds / "run", run)

@@ -48,6 +48,7 @@ def test_bytes_per_weight():
     assert state_bytes(moments="float32", shadow=False) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_ceilings_are_measured(precision):
 

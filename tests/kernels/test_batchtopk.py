@@ -149,6 +149,7 @@ def test_what_does_not_fit_is_refused():
 CELLS = st.sampled_from([0.0, -0.0, -1.0, 0.5, 1.0, 1.0, 2.0, 1e-45, float("inf"), float("-inf"), float("nan")])
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_triton_selects_any_scores_as_defined(data):

@@ -179,6 +179,7 @@ def test_rounding_is_unbiased_and_differs_by_tensor_step_and_seed():
     assert not any(torch.equal(seen[i], seen[j]) for i in range(6) for j in range(i))
 
 
+@pytest.mark.slow
 def test_second_moment_in_bfloat16_decays():
     # rounded to nearest it would stay at 1 for ever
     problem = Problem(1, 70)

@@ -222,6 +222,7 @@ def test_the_store_may_be_closed_while_a_stream_is_open(tmp_path: Path) -> None:
     assert first.shape == rest[0].shape
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_told_to_make_its_own(tmp_path: Path) -> None:
     write(tmp_path, 64, shard_rows=64)
     script = """
@@ -522,6 +523,7 @@ def test_impossible_options_are_refused(tmp_path: Path) -> None:
         Shuffler(store, batch_size=1, seed=0, check_crc=True)
 
 
+@pytest.mark.slow
 def test_a_pool_that_memory_cannot_hold_is_said(tmp_path: Path) -> None:
     write(tmp_path, 4000, shard_rows=4000, d_model=2000)
     script = """
@@ -561,6 +563,7 @@ ssize_t preadv64(int fd, const struct iovec *p, int n, off_t o) { (void)n; retur
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_short_and_interrupted_reads_are_continued(tmp_path: Path) -> None:
     (tmp_path / "stingy.c").write_text(SHORT_READS)

@@ -233,6 +233,7 @@ def test_an_exception_keeps_what_was_appended_but_leaves_no_store(tmp_path: Path
         assert contents(path) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_writer_killed_before_a_commit_leaves_no_store_and_the_next_one_starts_afresh(tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
