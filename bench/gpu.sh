@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in parts of at most 8 minutes, on a machine without network.
 #
-#     bash bench/gpu.sh PART... [--out DIR]     parts: tests, kernels, "steps A", "steps B", or all; DIR defaults to bench/results
+#     bash bench/gpu.sh PART... [--out DIR] [--seconds N]
+#                                               parts: tests, kernels, "steps A", "steps B", or all; DIR defaults to bench/results;
+#                                               N is the most seconds for each part, 470 unless given
 #     bash bench/gpu.sh --dry-run PART...       the same at tiny sizes on a CPU; DIR defaults to a temporary one
 #
 # A part keeps within its time, and writes each result as soon as it is there, so that a kill at any moment loses nothing.
@@ -17,17 +19,20 @@
 #     pip download -d .whl --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #         --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
 #         setuptools==84.2.1 pybind11==3.1.0 pydantic==2.14.3 pydantic-core==2.50.4 annotated-types \
-#         typing-inspection eai-sparsify natsort simple-parsing docstring-parser
+#         typing-inspection typing-extensions eai-sparsify natsort simple-parsing docstring-parser
 #
-# The last four are for the comparison with sparsify only (its modules also import accelerate, einops, transformers,
-# huggingface-hub and safetensors; its trainer, which is not run, datasets and schedulefree).
+# Where the copy of the sources has no .git, COMMIT names the commit that gpu-machine.json records. The last four wheels
+# are for the comparison with sparsify only (its modules also import accelerate, einops, transformers, huggingface-hub and
+# safetensors; its trainer, which is not run, datasets and schedulefree).
 set -u
 cd "$(dirname "$0")/.."
-dry="" out="" parts=()
+# budget: seconds for a part, with the preparation that the first of a call waits for
+dry="" out="" parts=() budget=470
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) dry=1 ;;
         --out) out=${2:?--out needs a directory}; shift ;;
+        --seconds) budget=${2:?--seconds needs a number}; shift ;;
         all) parts+=(tests kernels "steps A" "steps B") ;;
         tests | kernels | "steps A" | "steps B") parts+=("$1") ;;
         *) echo "bench/gpu.sh: no part '$1'; there are tests, kernels, 'steps A', 'steps B' and all" >&2; exit 2 ;;
@@ -43,8 +48,6 @@ failed=0
 python=${PYTHON:-python3}
 # before CUDA starts: cuBLAS repeats bit by bit
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
-# of a part, with the preparation that the first of a call waits for
-budget=470
 
 # step NAME SECONDS COMMAND...: run, log, go on
 step() {
@@ -72,8 +75,8 @@ else
 fi
 
 if [ ! -f "$out/gpu-machine.json" ]; then
-    commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
-    [ -z "$(git status --porcelain 2>/dev/null)" ] || commit="$commit, with changes"
+    commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+    [ -n "${COMMIT-}" ] || [ -z "$(git status --porcelain 2>/dev/null)" ] || commit="$commit, with changes"
     if [ -n "$dry" ]; then device=cpu sizes=(tiny); else device=cuda sizes=(A B); fi
     step "ceilings" 60 "$python" -P bench/gpu_report.py machine --device "$device" --config "${sizes[@]}" \
         --commit "$commit" --out "$out/gpu-machine.json"
@@ -84,12 +87,14 @@ run_tests() { # SECONDS
     if [ -n "$dry" ]; then files=(tests/benchmark/test_l2.py); else
         mapfile -t files < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
         # a test on a GPU is mostly compilation, which processes beside each other share through Triton's cache
-        "$python" -c 'import xdist' 2>/dev/null && files=(-n 12 "${files[@]}")
+        "$python" -c 'import xdist' 2>/dev/null && files=(-n 16 "${files[@]}")
     fi
     "$python" -P bench/gpu_report.py passed "$out/gpu-tests.txt" >"$out/.passed"
-    step tests "$1" bash -c '"$0" -P -m pytest -v -m gpu -p no:cacheprovider "@$2" "${@:3}" >>"$1" 2>&1; code=$?
+    # interrupted before its time is up, pytest still prints what failed
+    step tests "$1" bash -c 'timeout --foreground --signal=INT "$3" "$0" -P -m pytest -v -m gpu -p no:cacheprovider "@$2" "${@:4}" >>"$1" 2>&1; code=$?
         [ "$code" -eq 5 ] && code=0   # nothing left
-        exit "$code"' "$python" "$out/gpu-tests.txt" "$out/.passed" "${files[@]}"
+        exit "$code"' "$python" "$out/gpu-tests.txt" "$out/.passed" \
+        "$(($1 - 25))" "${files[@]}"
     rm -f "$out/.passed"
     tail -n 1 "$out/gpu-tests.txt"
 }

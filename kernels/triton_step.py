@@ -226,7 +226,8 @@ class TritonStep:
             self._graph.replay()
         elif not self._warm:
             self._launch(exact)
-            self._warm = True
+            # the first step under `previous` launches other kernels than the next; compiling is no work for a capture
+            self._warm = exact == (self.settings.clip_mode == "exact")
         else:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
