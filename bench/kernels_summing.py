@@ -9,7 +9,7 @@ from fastdiff.benchmark.floor import state_bytes
 from fastdiff.kernels import ops
 from fastdiff.kernels.auxk import DeadLatents
 from fastdiff.kernels.column_sums import column_sums
-from fastdiff.kernels.fused_adam import RowState, update_rows
+from fastdiff.kernels.fused_adam import RowState, adam_rates, update_rows
 from fastdiff.kernels.latent_order import LatentOrder
 from fastdiff.kernels.row_gradients import norm_rows, row_slices
 from fastdiff.kernels.selection import Selection
@@ -177,7 +177,7 @@ def _bench_fused_adam(m: Measure, kind: torch.dtype) -> None:
         c.b_enc,
         *torch.zeros(2, s.dict_size, device=c.device),
     )
-    rates = torch.tensor([1e-3, 1 - 0.9, 1 - 0.999], device=c.device)
+    rates = torch.tensor(adam_rates(1e-3, (0.9, 0.999), 1), device=c.device)
     counter, scale = torch.zeros(1, dtype=torch.int64, device=c.device), torch.full((1,), 0.5, device=c.device)
     norms = c.empty(s.dict_size, row_slices(s.n_models, s.d_model), s.n_models)
     before = [c.W_dec.clone(), c.W_enc.clone(), c.b_enc.clone()]

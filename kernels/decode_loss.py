@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastdiff.kernels.slots import Slots
 
-# 256 rows of 64 columns on 8 warps are 64 values a thread
+# 128 rows of 64 columns on 4 warps are 64 values a thread
 _COLUMNS = 64
-_ROWS = 256
+_ROWS = 128
 _ENTRIES = 128
 _SLICES_AT_ONCE = 8
 
@@ -83,13 +83,13 @@ def _decode_loss_kernel(
     COLUMNS: tl.constexpr,
 ):
     # one program: one token, one slice; tokens are fast, so that a slice of W_dec stays in L2
-    b, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    per_model = tl.cdiv(D, COLUMNS)
-    within = s % per_model * COLUMNS + tl.arange(0, COLUMNS)
+    b, m = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    within = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = within < D
-    cols = s // per_model * D + within
+    cols = m * D + within
     offset = b * C + cols
-    square_ptr = squares_ptr + b * tl.num_programs(1) + s
+    s = m * tl.num_programs(1) + tl.program_id(1)
+    square_ptr = squares_ptr + b * (tl.num_programs(1) * tl.num_programs(2)) + s
     dots_ptr += s.to(tl.int64) * capacity
 
     valid = b < tl.load(limits_ptr)
@@ -152,7 +152,7 @@ def decode_loss(
     assert W_dec.is_contiguous() and x.is_contiguous() and resid.is_contiguous() and dots.is_contiguous()
     assert resid.shape == x.shape and width % n_models == 0 and W_dec.shape[1] == width
     assert squares.shape == (n_tokens, n_slices) and dots.shape == (n_slices, len(slots.col))
-    _decode_loss_kernel[(n_tokens, n_slices)](
+    _decode_loss_kernel[(n_tokens, n_slices // n_models, n_models)](
         slots.start,
         slots.end,
         slots.col,
@@ -169,7 +169,7 @@ def decode_loss(
         width // n_models,
         ROWS=_rows,
         COLUMNS=_columns,
-        num_warps=8,
+        num_warps=4,
         enable_fp_fusion=True,
     )
 

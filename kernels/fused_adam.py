@@ -19,16 +19,20 @@ from torch import Tensor
 from fastdiff.kernels.latent_order import LatentOrder
 from fastdiff.kernels.row_gradients import (
     COLUMNS,
-    TILE,
+    ENTRIES,
+    HOT,
     AuxRows,
     batch_arguments,
     gradient_tile,
+    latent_and_slice,
     row_tile,
     squared_norm,
 )
 from fastdiff.kernels.slots import ALL_FINITE
 
 _ALL_FINITE = tl.constexpr(ALL_FINITE)
+# squares that a program of `finish_norms` holds
+_TILE = 2048
 
 
 class RowState(NamedTuple):
@@ -47,13 +51,17 @@ class RowState(NamedTuple):
     b_enc_v: Tensor  # [F] float32
 
 
+def adam_rates(lr: float, betas: tuple[float, float], t: int) -> tuple[float, float]:
+    """Adam's numbers of step t = 1, 2, …: lr / (1 - β1^t) and 1 / √(1 - β2^t)."""
+    return lr / (1 - betas[0] ** t), (1 - betas[1] ** t) ** -0.5
+
+
 @triton.jit
-def _adam(weight, m, v, grad, lr, correction1, correction2, beta1, beta2, rest1, rest2, eps):
-    """New weight and moments; `rest` is 1 - β in double precision, rounded."""
+def _adam(weight, m, v, grad, rate, correction, beta1, beta2, rest1, rest2, eps):
+    """New weight and moments; `rate` and `correction` are of `adam_rates`, `rest` is 1 - β in double precision."""
     m = beta1 * m + rest1 * grad
     v = beta2 * v + rest2 * grad * grad
-    denominator = tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(correction2)) + eps
-    return weight - tl.div_rn(lr, correction1) * tl.div_rn(m, denominator), m, v
+    return weight - rate * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps), m, v
 
 
 @triton.jit
@@ -89,9 +97,8 @@ def _update_matrix(
     grad,
     word_m,
     word_v,
-    lr,
-    correction1,
-    correction2,
+    rate,
+    correction,
     beta1,
     beta2,
     rest1,
@@ -102,7 +109,7 @@ def _update_matrix(
     w = tl.load(w_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first")
     m = tl.load(m_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     v = tl.load(v_ptr + offset, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    w, m, v = _adam(w, m, v, grad, lr, correction1, correction2, beta1, beta2, rest1, rest2, eps)
+    w, m, v = _adam(w, m, v, grad, rate, correction, beta1, beta2, rest1, rest2, eps)
     tl.store(w_ptr + offset, w, mask=mask, eviction_policy="evict_first")
     _store_moment(m_ptr + offset, m, word_m, mask)
     _store_moment(v_ptr + offset, v, word_v, mask)
@@ -136,13 +143,15 @@ def _update_rows_kernel(
     aux_dec_ptr,  # [n, C]
     aux_enc_ptr,  # [n, C]
     aux_bias_ptr,  # [n]
-    rates_ptr,  # [3]
+    rates_ptr,  # [2]
     clip_scale_ptr,  # [1]
     counter_ptr,  # [1]
     bad_ptr,  # [1]
     norms_ptr,  # [F, T, M]
     squares_ptr,  # [F, T]
     D,
+    F,
+    T,
     seed,
     beta1,
     beta2,
@@ -151,22 +160,23 @@ def _update_rows_kernel(
     eps,
     M: tl.constexpr,
     MODELS: tl.constexpr,
-    ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HOT: tl.constexpr,
 ):
     # one program: one latent, COLUMNS columns of each model
     if tl.load(bad_ptr) != _ALL_FINITE:
         return
-    j, part = tl.load(longest_first_ptr + tl.program_id(0)).to(tl.int64), tl.program_id(1)
-    out = j * tl.num_programs(1) + part
+    j, part = latent_and_slice(longest_first_ptr, F, T, HOT)
+    out = j * T + part
     dec, enc, bias, place, inside = gradient_tile(
         j, part, start_ptr, token_ptr, val_ptr, delta_ptr, c_ptr, resid_ptr, x_ptr,
-        aux_place_ptr, aux_dec_ptr, aux_enc_ptr, aux_bias_ptr, D, M, MODELS, ENTRIES, COLUMNS,
+        aux_place_ptr, aux_dec_ptr, aux_enc_ptr, aux_bias_ptr, D, M, MODELS, COLUMNS, ENTRIES,
     )  # fmt: skip
     if squares_ptr is not None:
         tl.store(squares_ptr + out, squared_norm(dec, enc, bias, part))
     scale = tl.load(clip_scale_ptr)
-    lr, correction1, correction2 = tl.load(rates_ptr), tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
+    rate, correction = tl.load(rates_ptr), tl.load(rates_ptr + 1)
 
     if W_dec_m_ptr.dtype.element_ty == tl.bfloat16:
         words = _random_words(seed, tl.load(counter_ptr), j, part, D, MODELS, COLUMNS)
@@ -175,17 +185,17 @@ def _update_rows_kernel(
     offset = j * (M * D) + place
     w = _update_matrix(
         W_dec_ptr, W_dec_m_ptr, W_dec_v_ptr, W_dec_shadow_ptr, offset, inside, dec * scale, words[0], words[1],
-        lr, correction1, correction2, beta1, beta2, rest1, rest2, eps,
+        rate, correction, beta1, beta2, rest1, rest2, eps,
     )  # fmt: skip
     models = tl.arange(0, MODELS)
     tl.store(norms_ptr + out * M + models, tl.sum(w * w, axis=1), mask=models < M)
     _update_matrix(
         W_enc_ptr, W_enc_m_ptr, W_enc_v_ptr, W_enc_shadow_ptr, offset, inside, enc * scale, words[2], words[3],
-        lr, correction1, correction2, beta1, beta2, rest1, rest2, eps,
+        rate, correction, beta1, beta2, rest1, rest2, eps,
     )  # fmt: skip
     if part == 0:
         b, m, v = tl.load(b_enc_ptr + j), tl.load(b_enc_m_ptr + j), tl.load(b_enc_v_ptr + j)
-        b, m, v = _adam(b, m, v, bias * scale, lr, correction1, correction2, beta1, beta2, rest1, rest2, eps)
+        b, m, v = _adam(b, m, v, bias * scale, rate, correction, beta1, beta2, rest1, rest2, eps)
         tl.store(b_enc_ptr + j, b)
         tl.store(b_enc_m_ptr + j, m)
         tl.store(b_enc_v_ptr + j, v)
@@ -218,7 +228,7 @@ def _update_flat_kernel(
     grad_ptr,  # [n]
     m_ptr,  # [n]
     v_ptr,  # [n]
-    rates_ptr,  # [3]
+    rates_ptr,  # [2]
     clip_scale_ptr,  # [1]
     bad_ptr,  # [1]
     n,
@@ -237,8 +247,8 @@ def _update_flat_kernel(
     p = tl.load(param_ptr + i, mask=mask, other=0.0)
     m = tl.load(m_ptr + i, mask=mask, other=0.0)
     v = tl.load(v_ptr + i, mask=mask, other=0.0)
-    lr, correction1, correction2 = tl.load(rates_ptr), tl.load(rates_ptr + 1), tl.load(rates_ptr + 2)
-    p, m, v = _adam(p, m, v, grad, lr, correction1, correction2, beta1, beta2, rest1, rest2, eps)
+    rate, correction = tl.load(rates_ptr), tl.load(rates_ptr + 1)
+    p, m, v = _adam(p, m, v, grad, rate, correction, beta1, beta2, rest1, rest2, eps)
     tl.store(param_ptr + i, p, mask=mask)
     tl.store(m_ptr + i, m, mask=mask)
     tl.store(v_ptr + i, v, mask=mask)
@@ -263,7 +273,8 @@ def update_rows(
     eps: float,
     seed: int,
     _columns: int = COLUMNS,
-    _tile: int = TILE,
+    _entries: int = ENTRIES,
+    _hot: int = HOT,
 ) -> None:
     """One Adam step of W_dec, W_enc and b_enc; nothing is written once `bad` names a token.
 
@@ -274,7 +285,7 @@ def update_rows(
         x: x̃, [B, C].
         state: Updated in place.
         aux: Rows to add to the gradients.
-        rates: Learning rate, 1 - β1^t and 1 - β2^t of step t = 1, 2, …; [3] float32.
+        rates: `adam_rates` of the step, [2] float32.
         clip_scale: Factor on all gradients, [1] float32.
         counter: Step, which with `seed` decides the rounding of bfloat16 moments; [1] int64.
         bad: [1] int32.
@@ -286,12 +297,12 @@ def update_rows(
         seed: Of the rounding.
     """
     d_model = x.shape[1] // n_models
-    tile = row_tile(n_models, d_model, _columns, _tile, x.dtype)
-    grid = len(order.longest_first), triton.cdiv(d_model, tile["COLUMNS"])
+    tile = row_tile(n_models, d_model, _columns)
+    F, T = len(order.longest_first), triton.cdiv(d_model, tile["COLUMNS"])
     assert all(tensor is None or tensor.is_contiguous() for tensor in (*state, *(aux or ()), norms, squares))
     assert len({tensor.dtype for tensor in (state.W_dec_m, state.W_dec_v, state.W_enc_m, state.W_enc_v)}) == 1
-    assert norms.shape == (*grid, n_models) and (squares is None or squares.shape == grid)
-    _update_rows_kernel[grid](
+    assert norms.shape == (F, T, n_models) and (squares is None or squares.shape == (F, T))
+    _update_rows_kernel[(F * T,)](
         *batch_arguments(order, c, resid, x, n_models),
         *state,
         *(aux or (None, None, None, None)),
@@ -302,12 +313,16 @@ def update_rows(
         norms,
         squares,
         d_model,
+        F,
+        T,
         seed,
         *betas,
         *(1 - beta for beta in betas),
         eps,
         M=n_models,
         **tile,
+        ENTRIES=_entries,
+        HOT=_hot,
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -317,7 +332,7 @@ def finish_norms(norms: Tensor, code_norm: Tensor, bad: Tensor) -> None:
     """Write s[j] = Σ_m ‖W_dec[j, m]‖ [F] from the squares [F, T, M] of `update_rows`, unless `bad` names a token."""
     n_latents, n_slices, n_models = norms.shape
     parts, models = triton.next_power_of_2(n_slices), triton.next_power_of_2(n_models)
-    block = max(1, TILE // (parts * models))
+    block = max(1, _TILE // (parts * models))
     assert norms.is_contiguous() and code_norm.is_contiguous() and len(code_norm) == n_latents
     _finish_norms_kernel[(triton.cdiv(n_latents, block),)](
         norms,

@@ -3,14 +3,14 @@
     G_dec[j, m] = Σ_e val[e] · c[b, m] · r[b, m]      G_enc[j] = Σ_e delta[e] · x̃[b]      over the pairs e of latent j,
     g_b_enc[j]  = Σ_e delta[e]                        each plus AuxK's rows                b = token[e]
 
-One program owns the same columns of all models of one latent and adds up its pairs in token order. Latents with most
-pairs start first; slices of columns are slow, so that a slice of r and x̃ stays in L2. M models, D width, C = M·D,
-F latents, T slices.
+One program owns the same columns of all models of one latent and adds up its pairs in token order, one after the other:
+a tile of several pairs would be added up through shared memory at the end, whose bank conflicts alone took 55 of 59 ms
+on an H200. Latents with most pairs start first; slices of columns are slow, so that a slice of r and x̃ stays in L2.
+M models, D width, C = M·D, F latents, T slices.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,8 +19,12 @@ from fastdiff.kernels.latent_order import LatentOrder
 
 # of each model; a lone model gets twice as many, so that its float32 loads are 128 bits a thread too
 COLUMNS = 256
-# entries · models · columns of a tile: 16 values a thread for each of the two gradients
-TILE = 2048
+# pairs whose rows are asked for at once
+ENTRIES = 4
+# the most frequent latents, of which all slices start first: the end of the longest sum is what everything waits for
+HOT = 128
+# models · columns of a tile at most
+_TILE = 2048
 
 
 class AuxRows(NamedTuple):
@@ -32,23 +36,29 @@ class AuxRows(NamedTuple):
     bias: Tensor  # [n] float32
 
 
-def row_slices(n_models: int, d_model: int, *, _columns: int = COLUMNS, _tile: int = TILE) -> int:
+def row_slices(n_models: int, d_model: int, *, _columns: int = COLUMNS) -> int:
     """T, the slices that the columns of each model are cut into."""
-    return triton.cdiv(d_model, row_tile(n_models, d_model, _columns, _tile)["COLUMNS"])
+    return triton.cdiv(d_model, row_tile(n_models, d_model, _columns)["COLUMNS"])
 
 
-def row_tile(
-    n_models: int, d_model: int, columns: int, tile: int, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, int]:
-    """Constants of a kernel whose tile has at most `columns` columns of each model and about `tile` elements.
-
-    Of float32 rows it holds half as many entries: more spill on sm_100.
-    """
+def row_tile(n_models: int, d_model: int, columns: int) -> dict[str, int]:
+    """Constants of a kernel whose tile has at most `columns` columns of each model."""
     models = triton.next_power_of_2(n_models)
     columns = columns if models > 1 else 2 * columns
-    columns = max(16, min(columns, triton.next_power_of_2(d_model), tile // models))
-    entries = tile // models // columns // (2 if dtype == torch.float32 else 1)
-    return {"MODELS": models, "COLUMNS": columns, "ENTRIES": max(1, entries)}
+    return {"MODELS": models, "COLUMNS": max(16, min(columns, triton.next_power_of_2(d_model), _TILE // models))}
+
+
+@triton.jit
+def latent_and_slice(longest_first_ptr, F, T, HOT: tl.constexpr):
+    """What program i of F·T works on."""
+    i = tl.program_id(0)
+    n_hot = tl.minimum(HOT, F)
+    if i < n_hot * T:
+        place, part = i % n_hot, i // n_hot
+    else:
+        rest, n_rest = i - n_hot * T, F - n_hot
+        place, part = n_hot + rest % n_rest, rest // n_rest
+    return tl.load(longest_first_ptr + place).to(tl.int64), part
 
 
 @triton.jit
@@ -69,8 +79,8 @@ def gradient_tile(
     D,
     M: tl.constexpr,
     MODELS: tl.constexpr,
-    ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
     """Slice `part` of the gradient rows of latent j: decoder and encoder [MODELS, COLUMNS], bias [], and their places.
 
@@ -80,26 +90,23 @@ def gradient_tile(
     cols = part * COLUMNS + tl.arange(0, COLUMNS)
     inside = (models < M)[:, None] & (cols < D)[None, :]
     place = models[:, None] * D + cols[None, :]
-    g_dec = tl.zeros([ENTRIES, MODELS, COLUMNS], dtype=tl.float32)
-    g_enc = tl.zeros([ENTRIES, MODELS, COLUMNS], dtype=tl.float32)
-    g_bias = tl.zeros([ENTRIES], dtype=tl.float32)
+    dec = tl.zeros([MODELS, COLUMNS], dtype=tl.float32)
+    enc = tl.zeros([MODELS, COLUMNS], dtype=tl.float32)
+    bias = 0.0
     end = tl.load(start_ptr + j + 1)
     for first in range(tl.load(start_ptr + j), end, ENTRIES):
-        i = first + tl.arange(0, ENTRIES)
-        owned = i < end
-        token = tl.load(token_ptr + i, mask=owned, other=0).to(tl.int64)
-        val = tl.load(val_ptr + i, mask=owned, other=0.0)
-        delta = tl.load(delta_ptr + i, mask=owned, other=0.0)
-        scale_at = c_ptr + token[:, None] * M + models[None, :]
-        scale = tl.load(scale_at, mask=owned[:, None] & (models < M)[None, :], other=0.0)
-        address = token[:, None, None] * (M * D) + place[None, :, :]
-        there = owned[:, None, None] & inside[None, :, :]
-        r = tl.load(resid_ptr + address, mask=there, other=0.0, eviction_policy="evict_last")
-        x = tl.load(x_ptr + address, mask=there, other=0.0, eviction_policy="evict_last")
-        g_dec += (val[:, None] * scale)[:, :, None] * r.to(tl.float32)
-        g_enc += delta[:, None, None] * x.to(tl.float32)
-        g_bias += delta
-    dec, enc, bias = tl.sum(g_dec, axis=0), tl.sum(g_enc, axis=0), tl.sum(g_bias, axis=0)
+        for i in tl.static_range(ENTRIES):
+            owned = first + i < end
+            token = tl.load(token_ptr + first + i, mask=owned, other=0).to(tl.int64)
+            val = tl.load(val_ptr + first + i, mask=owned, other=0.0)
+            delta = tl.load(delta_ptr + first + i, mask=owned, other=0.0)
+            scale = tl.load(c_ptr + token * M + models, mask=owned & (models < M), other=0.0)
+            address = token * (M * D) + place
+            r = tl.load(resid_ptr + address, mask=owned & inside, other=0.0)
+            x = tl.load(x_ptr + address, mask=owned & inside, other=0.0)
+            dec += (val * scale)[:, None] * r.to(tl.float32)
+            enc += delta * x.to(tl.float32)
+            bias += delta
     if aux_place_ptr is not None:
         row = tl.load(aux_place_ptr + j).to(tl.int64)
         if row >= 0:
@@ -134,18 +141,21 @@ def _norm_rows_kernel(
     aux_bias_ptr,  # [n]
     squares_ptr,  # [F, T]
     D,
+    F,
+    T,
     M: tl.constexpr,
     MODELS: tl.constexpr,
-    ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HOT: tl.constexpr,
 ):
     # one program: one latent, COLUMNS columns of each model
-    j, part = tl.load(longest_first_ptr + tl.program_id(0)).to(tl.int64), tl.program_id(1)
+    j, part = latent_and_slice(longest_first_ptr, F, T, HOT)
     dec, enc, bias, _, _ = gradient_tile(
         j, part, start_ptr, token_ptr, val_ptr, delta_ptr, c_ptr, resid_ptr, x_ptr,
-        aux_place_ptr, aux_dec_ptr, aux_enc_ptr, aux_bias_ptr, D, M, MODELS, ENTRIES, COLUMNS,
+        aux_place_ptr, aux_dec_ptr, aux_enc_ptr, aux_bias_ptr, D, M, MODELS, COLUMNS, ENTRIES,
     )  # fmt: skip
-    tl.store(squares_ptr + j * tl.num_programs(1) + part, squared_norm(dec, enc, bias, part))
+    tl.store(squares_ptr + j * T + part, squared_norm(dec, enc, bias, part))
 
 
 @triton.jit
@@ -162,16 +172,19 @@ def _weight_gradients_kernel(
     G_enc_ptr,  # [F, C]
     g_bias_ptr,  # [F]
     D,
+    F,
+    T,
     M: tl.constexpr,
     MODELS: tl.constexpr,
-    ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HOT: tl.constexpr,
 ):
     # one program: one latent, COLUMNS columns of each model
-    j, part = tl.load(longest_first_ptr + tl.program_id(0)).to(tl.int64), tl.program_id(1)
+    j, part = latent_and_slice(longest_first_ptr, F, T, HOT)
     dec, enc, bias, place, inside = gradient_tile(
         j, part, start_ptr, token_ptr, val_ptr, delta_ptr, c_ptr, resid_ptr, x_ptr,
-        None, None, None, None, D, M, MODELS, ENTRIES, COLUMNS,
+        None, None, None, None, D, M, MODELS, COLUMNS, ENTRIES,
     )  # fmt: skip
     offset = j * (M * D) + place
     tl.store(G_dec_ptr + offset, dec.to(G_dec_ptr.dtype.element_ty), mask=inside)
@@ -197,7 +210,8 @@ def norm_rows(
     *,
     n_models: int,
     _columns: int = COLUMNS,
-    _tile: int = TILE,
+    _entries: int = ENTRIES,
+    _hot: int = HOT,
 ) -> None:
     """Write the squared gradient norm of each latent: what the exact clip needs before the update.
 
@@ -211,16 +225,20 @@ def norm_rows(
         n_models: M.
     """
     d_model = x.shape[1] // n_models
-    tile = row_tile(n_models, d_model, _columns, _tile, x.dtype)
+    tile = row_tile(n_models, d_model, _columns)
     n_slices = triton.cdiv(d_model, tile["COLUMNS"])
     assert squares.is_contiguous() and squares.shape == (len(order.longest_first), n_slices)
-    _norm_rows_kernel[squares.shape](
+    _norm_rows_kernel[(squares.numel(),)](
         *batch_arguments(order, c, resid, x, n_models),
         *(aux or (None, None, None, None)),
         squares,
         d_model,
+        len(squares),
+        n_slices,
         M=n_models,
         **tile,
+        ENTRIES=_entries,
+        HOT=_hot,
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -237,7 +255,8 @@ def weight_gradients(
     *,
     n_models: int,
     _columns: int = COLUMNS,
-    _tile: int = TILE,
+    _entries: int = ENTRIES,
+    _hot: int = HOT,
 ) -> None:
     """Write the gradients that `update_rows` applies, without AuxK's rows.
 
@@ -252,17 +271,22 @@ def weight_gradients(
         n_models: M.
     """
     d_model = x.shape[1] // n_models
-    tile = row_tile(n_models, d_model, _columns, _tile, x.dtype)
+    tile = row_tile(n_models, d_model, _columns)
     assert G_dec.is_contiguous() and G_enc.is_contiguous() and b.is_contiguous()
     assert G_dec.shape == G_enc.shape == (len(b), x.shape[1]) and len(b) == len(order.longest_first)
-    _weight_gradients_kernel[(len(b), triton.cdiv(d_model, tile["COLUMNS"]))](
+    n_slices = triton.cdiv(d_model, tile["COLUMNS"])
+    _weight_gradients_kernel[(len(b) * n_slices,)](
         *batch_arguments(order, c, resid, x, n_models),
         G_dec,
         G_enc,
         b,
         d_model,
+        len(b),
+        n_slices,
         M=n_models,
         **tile,
+        ENTRIES=_entries,
+        HOT=_hot,
         num_warps=4,
         enable_fp_fusion=True,
     )

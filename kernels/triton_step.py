@@ -19,7 +19,7 @@ from fastdiff.kernels.auxk import DeadLatents
 from fastdiff.kernels.batchtopk import BatchTopKWork, batchtopk_slots
 from fastdiff.kernels.column_sums import column_sums, column_sums_work
 from fastdiff.kernels.decode_loss import decode_loss, slices, token_gradients
-from fastdiff.kernels.fused_adam import RowState, finish_norms, update_flat, update_rows
+from fastdiff.kernels.fused_adam import RowState, adam_rates, finish_norms, update_flat, update_rows
 from fastdiff.kernels.group_max import group_max
 from fastdiff.kernels.latent_order import LatentOrder, order_by_latent
 from fastdiff.kernels.matmul import matmul_into
@@ -95,9 +95,9 @@ class TritonStep:
         b_m, b_v = tensors.moments["b_enc"]
         self._rows = RowState(**matrices, b_enc=tensors.b_enc, b_enc_m=b_m, b_enc_v=b_v)
         # host's numbers of a step, and what the kernels read of them
-        self._host = torch.zeros(7 + A, dtype=torch.float64, device=device)
+        self._host = torch.zeros(6 + A, dtype=torch.float64, device=device)
         self._limits, self._total = empty(A, 2, dtype=torch.int32), empty(1, dtype=torch.int32)
-        self._rates, self._counter = empty(3), empty(1, dtype=torch.int64)
+        self._rates, self._counter = empty(2), empty(1, dtype=torch.int64)
         self._clip_scale = torch.ones(1, device=device)
 
         self._since = torch.empty_like(tensors.tokens_since_fired)
@@ -211,10 +211,9 @@ class TritonStep:
             self._batch = batch.new_zeros(s.max_tokens, *batch.shape[1:])
             self._graph, self._warm = None, False
         self._batch[:n].copy_(batch)
-        t = rates.number + 1
         valid = [min(s.n_tokens, max(0, n - i * s.n_tokens)) for i in range(s.n_micro)]
-        corrections = (1 - s.betas[0] ** t, 1 - s.betas[1] ** t)
-        numbers = [n, rates.k, rates.lr, *corrections, rates.number, rates.threshold_memory, *valid]
+        adam = adam_rates(rates.lr, s.betas, rates.number + 1)
+        numbers = [n, rates.k, *adam, rates.number, rates.threshold_memory, *valid]
         # pinned memory comes from torch's allocator, which keeps it until the copy is done
         host = torch.tensor(numbers, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         self._host.copy_(host, non_blocking=True)
@@ -240,9 +239,9 @@ class TritonStep:
         M = t.shape[1]
         host = self._host
         self._total.copy_(host[:1])
-        self._rates.copy_(host[2:5])
-        self._counter.copy_(host[5:6])
-        self._limits[:, 0].copy_(host[7:])
+        self._rates.copy_(host[2:4])
+        self._counter.copy_(host[4:5])
+        self._limits[:, 0].copy_(host[6:])
         self._limits[:, 1].copy_(host[1])
         for i in range(s.n_micro):
             self._forward(i)
@@ -419,7 +418,7 @@ class TritonStep:
         if s.selection == "batchtopk":
             some = self._lowest.isfinite()
             lowest = torch.where(some, self._lowest, 0.0).sum() / some.sum()
-            memory = self._host[6].float()
+            memory = self._host[5].float()
             followed = memory * t.threshold + (1 - memory) * lowest
             t.threshold.copy_(torch.where(good & some.any(), followed, t.threshold))
         report = torch.stack([self._bad[0].long(), self._counter[0]])

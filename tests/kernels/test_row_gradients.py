@@ -44,3 +44,12 @@ def test_order_of_the_latents_does_not_matter():
         weight_gradients(order._replace(longest_first=longest_first.contiguous()), *batch, *G, b, **problem.small)
         results.append((G, b))
     assert same(*results)
+
+
+@pytest.mark.parametrize("hot", [0, 2, F, F + 3])
+def test_every_slice_of_every_latent_has_a_program_whatever_starts_first(hot):
+    problem = Problem(2, 70)
+    expected = problem.gradients()
+    G, b = torch.full((2, F, 140), torch.nan, device=DEVICE), torch.full((F,), torch.nan, device=DEVICE)
+    weight_gradients(*problem.batch, *G, b, **problem.small | {"_hot": hot})
+    assert same((*G, b), expected)

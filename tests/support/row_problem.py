@@ -4,7 +4,7 @@ import torch
 from poisoned_slots import by_slot, poisoned_slots
 
 from fastdiff.kernels import reference
-from fastdiff.kernels.fused_adam import RowState, update_rows
+from fastdiff.kernels.fused_adam import RowState, adam_rates, update_rows
 from fastdiff.kernels.latent_order import LatentOrder, order_by_latent
 from fastdiff.kernels.row_gradients import AuxRows, row_slices, weight_gradients
 from fastdiff.kernels.slots import ALL_FINITE
@@ -12,8 +12,8 @@ from fastdiff.kernels.slots import ALL_FINITE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F = 6
 SHAPES = [(1, 20), (2, 16), (3, 20), (2, 70)]
-# slices of at most 32 columns, 2 entries at once
-SMALL = {1: {"_columns": 32, "_tile": 64}, 2: {"_columns": 32, "_tile": 128}, 3: {"_columns": 32, "_tile": 256}}
+# 2 of the latents start first
+SMALL = {"_entries": 2, "_hot": 2}
 SETTINGS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -36,9 +36,10 @@ class Problem:
         self.r, self.x = r.to(DEVICE, dtype), x.to(DEVICE, dtype)
         self.random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
         self.aux = None
-        self.small = {"n_models": M, **SMALL[M]}
-        slices = {name: value for name, value in self.small.items() if name != "n_models"}
-        self.T = row_slices(M, D, **slices)
+        # slices of at most 32 columns
+        columns = 16 if M == 1 else 32
+        self.small = {"n_models": M, "_columns": columns, **SMALL}
+        self.T = row_slices(M, D, _columns=columns)
 
     def add_aux(self):
         index = torch.full((F,), -1, dtype=torch.int32, device=DEVICE)
@@ -95,7 +96,7 @@ class Problem:
 
 
 def rates(step, lr):
-    return torch.tensor([lr, 1 - 0.9**step, 1 - 0.999**step], device=DEVICE)
+    return torch.tensor(adam_rates(lr, (0.9, 0.999), step), device=DEVICE)
 
 
 def flag(bad):
