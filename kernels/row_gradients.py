@@ -18,9 +18,9 @@ from torch import Tensor
 from fastdiff.kernels.latent_order import LatentOrder
 
 # of each model; a lone model gets twice as many, so that its float32 loads are 128 bits a thread too
-COLUMNS = 256
+COLUMNS = 512
 # pairs whose rows are asked for at once
-ENTRIES = 4
+ENTRIES = 2
 # the most frequent latents, of which all slices start first: the end of the longest sum is what everything waits for
 HOT = 128
 # models · columns of a tile at most

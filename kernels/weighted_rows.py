@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-# numbers a program holds in registers, 32 a thread; twice that spills in float64
-_TILE = 4096
+# numbers that the one warp of a program holds in registers, 64 a thread; half as many of float64. With more warps a
+# tile of rows is added up through shared memory, whose bank conflicts took nearly all of 31 ms (H200, gradients at A)
+_TILE = 2048
 # half a kilobyte of a bfloat16 row: what one warp loads at once
 _BLOCK_C = 256
 # groups have about k entries, so more rows at once would mostly be masked
@@ -74,8 +75,8 @@ def weighted_rows_into(
         out: [G, C], contiguous; every element is written, zero for an empty group.
     """
     n_groups, C = out.shape
-    block_i, block_c = _block or _tile(C)
     wide = sum_dtype(rows.dtype, weight.dtype) == torch.float64
+    block_i, block_c = _block or _tile(C, _TILE // 2 if wide else _TILE)
     _weighted_rows_kernel[(n_groups, triton.cdiv(C, block_c))](
         index,
         rows,
@@ -86,7 +87,7 @@ def weighted_rows_into(
         BLOCK_I=block_i,
         BLOCK_C=block_c,
         SUM=tl.float64 if wide else tl.float32,
-        num_warps=4,
+        num_warps=1,
         enable_fp_fusion=True,
     )
 
@@ -159,6 +160,6 @@ sum_by_latent.register_autograd(_sum_by_latent_backward, setup_context=_setup)
 at_entries.register_autograd(_at_entries_backward, setup_context=_setup)
 
 
-def _tile(C: int) -> tuple[int, int]:
+def _tile(C: int, size: int) -> tuple[int, int]:
     block_c = min(_BLOCK_C, triton.next_power_of_2(C))
-    return min(_MOST_ROWS, _TILE // block_c), block_c
+    return min(_MOST_ROWS, size // block_c), block_c
