@@ -5,7 +5,7 @@
 Each seed makes its own models, text and crosscoders by `fastdiff demo`, in a process of its own on one thread, whose
 CPU time and memory are taken. Two nulls walk the same road, and neither should confirm a category:
 
-    null 1    `it` against `it` fine-tuned with another seed: both against base, and then against each other
+    null 1    `instruct` against `instruct` fine-tuned with another seed: both against base, and then against each other
     null 2    base against base trained further on its own corpus in another order
 
 What is measured already is kept in WORK/SEED/measured.json, so seeds may be run apart, also at once:
@@ -122,8 +122,8 @@ def measure(seed: int, work: Path, *, small: bool) -> Result:
     nulls = work / "nulls"
     other = make_it(nulls / "it-other-seed", base, seed + 1000)
     label_pair(pair_config(base, other, texts, seed, small=small), nulls / "other", nulls / "acts-other")
-    compare([out / "it", nulls / "other"], nulls / "null-1", CompareConfig(), names=["it", "other"])
-    null_1 = confirmed(nulls / "null-1", ["other against it"])
+    compare([out / "instruct", nulls / "other"], nulls / "null-1", CompareConfig(), names=["instruct", "other"])
+    null_1 = confirmed(nulls / "null-1", ["other against instruct"])
     print(f"seed {seed}: null 1 confirms {null_1 or 'nothing'}", flush=True)
 
     further = continue_base(nulls / "base-continued", base, seed + 2000)
@@ -237,7 +237,7 @@ def main() -> None:
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     results = [measure(seed, arguments.out / str(seed), small=arguments.small) for seed in seeds]
     missed = [f"seed {result['seed']}: {problem}" for result in results for problem in problems(result)]
-    counts = "Null 1: `it` with two seeds; null 2: base and base trained further; categories confirmed. "
+    counts = "Null 1: `instruct` with two seeds; null 2: base and base trained further; categories confirmed. "
     counts += "CPU and wall seconds and memory of `fastdiff demo` in a process of its own, one thread. "
     counts += "B on the models alone: median and range over the seeds, in nats per token of the answers. "
     counts += "Unchanged: |B| < 0.05; lacking: no model beats chance, so B is of nothing; drifted: neither, so the "

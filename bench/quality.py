@@ -119,7 +119,7 @@ def planted(seed: int, data: str) -> Planted:
 
 def demo_rows(demo: Path) -> tuple[Tensor, Tensor]:
     """Training and held-out activations of the demo's first pair."""
-    with ActivationStore(demo / "acts-it") as store:
+    with ActivationStore(demo / "acts-instruct") as store:
         n = store.n_train(TrainConfig().holdout)
         return store.rows(np.arange(n)), store.rows(np.arange(n, store.n_rows))
 
@@ -130,7 +130,8 @@ def fit(case: Case, demo: Path | None) -> Result:
     truth = None
     if case.data == DEMO:
         assert demo is not None
-        config = TrainConfig(**yaml.safe_load((demo / "it" / "fastdiff.yaml").read_text(encoding="utf-8"))["train"])
+        recorded = yaml.safe_load((demo / "instruct" / "fastdiff.yaml").read_text(encoding="utf-8"))
+        config = TrainConfig(**recorded["train"])
         rows, held_out = demo_rows(demo)
     else:
         config = TrainConfig(**BASE | {"steps": case.steps, "decay_steps": case.steps // 2})

@@ -121,14 +121,17 @@ def train(
     """
     from fastdiff.config import TrainConfig
     from fastdiff.crosscoder.saved import read_config
+    from fastdiff.crosscoder.seeds import first_crosscoder
     from fastdiff.crosscoder.train import train_seeds
     from fastdiff.results.trust import TRAINED
 
-    config = resolve(TrainConfig, "train", config_file, settings, given)
-    directories = train_seeds(store, out, config, progress_of(progress_mode, quiet), resume=resume, overwrite=overwrite)
+    progress = progress_of(progress_mode, quiet)
+    last = None if overwrite else (first_crosscoder(out), progress)
+    config = resolve(TrainConfig, "train", config_file, settings, given, last=last)
+    directories = train_seeds(store, out, config, progress, resume=resume, overwrite=overwrite)
     # what training found; a crosscoder of a version before it says nothing
     left_out = read_config(directories[0]).get("left_out")
-    trust = _trust(out, TRAINED, progress_of(progress_mode, quiet))
+    trust = _trust(out, TRAINED, progress)
     print_result(
         as_json,
         "\n".join(map(str, directories)),
@@ -155,14 +158,15 @@ def attribute(
     """
     from fastdiff.attribution.attribute import attribute as attribute_run
     from fastdiff.config import AttributeConfig
-    from fastdiff.results.attribution import category_means, read_attribution
+    from fastdiff.results.attribution import DIRECTORY, category_means, read_attribution
     from fastdiff.results.trust import ATTRIBUTED
 
-    config = resolve(AttributeConfig, "attribute", config_file, settings, given)
-    directory = attribute_run(run, config, progress_of(progress_mode, quiet), store_path=store)
+    progress = progress_of(progress_mode, quiet)
+    config = resolve(AttributeConfig, "attribute", config_file, settings, given, last=(run / DIRECTORY, progress))
+    directory = attribute_run(run, config, progress, store_path=store)
     found = read_attribution(directory)
     facts = {key: value for key, value in found.summary.model_dump(by_alias=True).items() if key != "schema"}
-    trust = _trust(run, ATTRIBUTED, progress_of(progress_mode, quiet))
+    trust = _trust(run, ATTRIBUTED, progress)
     print_result(as_json, str(directory), attribution=directory, **facts, means=category_means(found), trust=trust)
 
 
@@ -184,14 +188,15 @@ def analyze(
     from fastdiff.results.analysis import read_analysis_summary
     from fastdiff.results.trust import ANALYZED
 
-    config = resolve(AnalyzeConfig, "analyze", config_file, settings, given)
-    directory = analyze_run(run, config, progress_of(progress_mode, quiet), store_path=store)
+    progress = progress_of(progress_mode, quiet)
+    config = resolve(AnalyzeConfig, "analyze", config_file, settings, given, last=(run / "analysis", progress))
+    directory = analyze_run(run, config, progress, store_path=store)
     summary = read_analysis_summary(run)
     shown = {
         key: summary.get(key)
         for key in ("left_out", "classes", "specific", "never_fired", "stability", "splice", "quality")
     }
-    trust = _trust(run, ANALYZED, progress_of(progress_mode, quiet))
+    trust = _trust(run, ANALYZED, progress)
     print_result(as_json, str(directory / "latents.csv"), latents=directory / "latents.csv", **shown, trust=trust)
 
 
@@ -209,9 +214,11 @@ def annotate(
     """
     from fastdiff.annotation.annotate import annotate as annotate_run
     from fastdiff.config import AnnotateConfig
+    from fastdiff.results.labels import DIRECTORY
 
-    config = resolve(AnnotateConfig, "annotate", config_file, settings, given)
-    directory = annotate_run(run, config, progress_of(progress_mode, quiet))
+    progress = progress_of(progress_mode, quiet)
+    config = resolve(AnnotateConfig, "annotate", config_file, settings, given, last=(run / DIRECTORY, progress))
+    directory = annotate_run(run, config, progress)
     print_result(as_json, str(directory / "labels.jsonl"), labels=directory / "labels.jsonl")
 
 
@@ -236,9 +243,10 @@ def compare(
         raise click.UsageError("one run is compared in place; -o is for two runs")
     if len(runs) > 1 and out is None:
         raise click.UsageError("two runs need -o, a directory for the comparison")
-    config = resolve(CompareConfig, "compare", config_file, settings, given)
-    directory = compare_runs(list(runs), out or runs[0], config, progress_of(progress_mode, True))
-    lines, facts = _verdict(directory, progress_of(progress_mode, quiet))
+    progress, target = progress_of(progress_mode, quiet), out or runs[0]
+    config = resolve(CompareConfig, "compare", config_file, settings, given, last=(target / "compare", progress))
+    directory = compare_runs(list(runs), target, config, progress_of(progress_mode, True))
+    lines, facts = _verdict(directory, progress)
     print_result(as_json, "\n".join(lines), categories=directory / "categories.csv", **facts)
 
 

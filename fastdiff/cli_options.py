@@ -67,10 +67,22 @@ def _of_run(field: "FieldInfo") -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("of_run"))
 
 
+def _flag_of(name: str, field: "FieldInfo") -> str:
+    extra = field.json_schema_extra
+    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else "--" + name.replace("_", "-")
+
+
+def _as_given(model: "type[Stage]", name: str, value: Any) -> str:
+    """A field's value as a user would give it."""
+    flag = _flag_of(name, model.model_fields[name])
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"
+
+
 def _option(name: str, field: "FieldInfo") -> click.Option:
     """One option; its default stays with the configuration, so that a file's value can stand below it."""
-    extra = field.json_schema_extra
-    flag = str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else "--" + name.replace("_", "-")
+    flag = _flag_of(name, field)
     kind = field.annotation
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -129,19 +141,54 @@ def replacing(command: Command) -> Command:
     return click.option("--resume/--no-resume", default=True, help="Continue what was cut off, or start anew.")(command)
 
 
+def remembered(directory: Path, model: "type[Stage]") -> dict[str, Any]:
+    """What of `model` the result in `directory` was made with and is not the default; nothing where there is none."""
+    from fastdiff.errors import InputError
+    from fastdiff.rundir import DONE, read_mark
+
+    if not (directory / DONE).exists():
+        return {}
+    try:
+        settings = read_mark(directory, "")["config"]
+    except InputError:
+        return {}  # the stage says what is wrong with its mark
+    defaults = {name: field.get_default() for name, field in model.model_fields.items()}
+    # JSON has lists where fields have tuples
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+    return {name: value for name, value in settings.items() if name in plain and value != plain[name]}
+
+
 def resolve(
     model: "type[Stage]",
     section: str | None,
     config_file: Path | None,
     settings: tuple[str, ...],
     given: dict[str, Any],
+    *,
+    last: tuple[Path, "Progress"] | None = None,
 ) -> "Stage":
-    """Merge defaults, the file's section, given options and --set, and check the whole."""
+    """Merge defaults, the file's section, given options and --set, and check the whole.
+
+    Args:
+        model: The configuration.
+        section: Its part of the file; None if it is all of the file.
+        config_file: The file.
+        settings: Of --set.
+        given: Options of the command; None and () are not given.
+        last: Where the stage's result of the last time is, and where to report. Without a file, what that was made with
+            takes the place of the defaults, so that a command given again leaves the result as it is.
+    """
     import yaml
 
     from fastdiff.config import RunConfig, validated
 
     values: dict[str, Any] = {}
+    if config_file is None and last is not None:
+        directory, progress = last
+        values = remembered(directory, model)
+        kept = [_as_given(model, name, value) for name, value in values.items() if given.get(name) in (None, ())]
+        if kept:
+            progress.say(f"{section}: as {directory} was made: {', '.join(kept)}; an option or -c FILE changes that")
     if config_file is not None:
         try:
             loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
@@ -163,13 +210,13 @@ def resolve(
         if not equals:
             raise click.UsageError(f"--set {setting}: expected KEY=VALUE")
         place = values
-        *path, last = key.replace("-", "_").split(".")
+        *path, leaf = key.replace("-", "_").split(".")
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise click.UsageError(f"--set {setting}: {part!r} is a value, not a section")
         try:
-            place[last] = yaml.safe_load(value)
+            place[leaf] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise click.UsageError(f"--set {setting}: the value is not YAML") from error
     return validated(model, values)

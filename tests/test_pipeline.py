@@ -100,6 +100,49 @@ def test_from_text_to_report_and_back_over_what_is_done(inputs, tmp_path):
     assert {stage: (run / stage / "DONE.json").stat().st_mtime_ns for stage in stages} == stamps
 
 
+def test_a_stage_given_again_keeps_its_options_and_what_is_older_than_it_is_named(inputs, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = config_file(tmp_path / "run.yaml", inputs)
+    run_command(
+        "run", "-c", config, "-o", run, "-q", "--no-attribute", "--set", "analyze.cards=7", "--set", "compare.tau=0.1"
+    )
+
+    def settings(stage):
+        return json.loads((run / stage / "DONE.json").read_text())["config"]
+
+    def command(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        return ended.value.code or 0, capsys.readouterr()
+
+    # as the demonstration or a configuration file left it
+    marks = {stage: (run / stage / "DONE.json").read_text() for stage in ("analysis", "annotate", "compare")}
+    for name in ("analyze", "annotate", "compare"):
+        code, said = command(name, run)
+        assert (
+            code == 0
+            and ("--cards 7" in said.err) == (name == "analyze")
+            and ("--tau 0.1" in said.err) == (name == "compare")
+        )
+    assert {stage: (run / stage / "DONE.json").read_text() for stage in marks} == marks
+    store = run / "acts"
+    assert command("train", store, "-o", run, "--seeds", "3,4")[0] == 0
+    assert settings("crosscoder/seed-4") == settings("crosscoder/seed-3") | {"seed": 4}
+
+    # another option beside those of the last time; verify says which results it made old, before compare refuses
+    assert command("analyze", run, "--examples", 3)[0] == 0
+    assert (settings("analysis")["cards"], settings("analysis")["examples"]) == (7, 3)
+    code, said = command("verify", run)
+    assert code == 3 and f"{run / 'annotate'}: made of another version of analysis/" in said.out
+    assert command("compare", run)[0] == 3
+    assert command("annotate", run)[0] == 0
+    assert f"{run / 'compare'}: made of another version of run/analysis/" in command("verify", run)[1].out
+    assert command("compare", run)[0] == 0 and settings("compare")["tau"] == 0.1
+    assert command("report", run)[0] == 0 and command("verify", run)[0] == 0
+    # a file stands for all options
+    assert command("analyze", run, "-c", config, "--train-seed", 3)[0] == 0 and settings("analysis")["cards"] == 300
+
+
 @pytest.mark.parametrize("by_option", [True, False])
 def test_the_models_are_not_run_again_where_that_is_not_wanted(inputs, tmp_path, by_option):
     config = config_file(tmp_path / "run.yaml", inputs)

@@ -385,7 +385,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def sentences(verdicts: Sequence[Verdict], *, tuned: str, tau: float) -> list[str]:
-    """At most three plain sentences of one comparison: what is confirmed, what only suggestive, what is open."""
+    """At most four plain sentences of one comparison: what is confirmed, only suggestive, not counted, and open."""
     found = []
     for word, start in (("confirmed", f"Confirmed: {tuned}"), ("suggestive", f"Only suggestive: {tuned}")):
         halves = []
@@ -397,12 +397,15 @@ def sentences(verdicts: Sequence[Verdict], *, tuned: str, tau: float) -> list[st
         if halves:
             found.append(f"{start} {' and '.join(halves)}.")
     open_rows = [v for v in verdicts if v.verdict == "cannot tell"]
-    if not found and len(open_rows) < len(verdicts):
-        where = "No other category" if open_rows else "No category"
-        found.append(
-            f"{where} changed by {tau:g} nats per scored token or more, of those that either model predicts better "
-            "than the frequencies of single tokens do."
-        )
+    nobodys = [v.category for v in verdicts if v.verdict == "neither has it"]
+    poorly = "neither model predicts better than the frequencies of single tokens do"
+    if not found and len(open_rows) + len(nobodys) < len(verdicts):
+        where = "No other category" if open_rows or nobodys else "No category"
+        found.append(f"{where} changed by {tau:g} nats per scored token or more.")
+    if nobodys and len(nobodys) + len(open_rows) == len(verdicts):
+        found.append(f"Nothing can be said of what was gained or lost in {_listed(nobodys)}, which {poorly}.")
+    elif nobodys:
+        found.append(f"Left out is {_listed(nobodys)}, which {poorly}.")
     if open_rows:
         needed = [v.documents_needed for v in open_rows if v.documents_needed is not None]
         remedy = f"; about {max(needed)} documents of each would probably decide that" if needed else ""

@@ -17,6 +17,11 @@ def finished_seeds(run: Path) -> dict[int, Path]:
     return {int(seed): seeds[seed] for seed in sorted(filter(str.isdecimal, seeds), key=int)}
 
 
+def first_crosscoder(run: Path) -> Path:
+    """Where the crosscoder of the lowest finished seed is; where that of seed 0 will be, if none is finished."""
+    return next(iter(finished_seeds(run).values()), directory_of(run, 0))
+
+
 def store_of(run: Path) -> Path:
     """Where the store is that a run was trained on.
 

@@ -1,7 +1,7 @@
 """The demonstration: three tiny models with planted differences, the whole road, and what of it was found.
 
-<out>/models/         base, it (fine-tuned), simpo (preference-tuned), corpus/texts.jsonl
-<out>/acts-it, acts-simpo, it/, simpo/     a store and a run for (base, it) and (base, simpo)
+<out>/models/         base, instruct (fine-tuned), simpo (preference-tuned), corpus/texts.jsonl
+<out>/acts-instruct, acts-simpo, instruct/, simpo/     a store and a run for (base, instruct) and (base, simpo)
 <out>/compare/        the triangle, and truth.json: every cell, what is true there and what was claimed
 <out>/report/         report.html
 """
@@ -24,7 +24,7 @@ from fastdiff.reporting.builder import build_report
 from fastdiff.results.statistics import TRUTH_SCHEMA
 from fastdiff.results.verdict import read as read_verdict
 
-PAIRS = ("it", "simpo")
+PAIRS = ("instruct", "simpo")
 # crosscoders of each pair, of different seeds: a claim needs the sign of all of them
 _CROSSCODERS = 3
 
@@ -95,7 +95,7 @@ def run_demo(
     if out.exists() and any(out.iterdir()) and not (out / "models").is_dir():
         raise OptionError(f"{out}: holds something else than a demo; choose another -o")
     models = make_demo_models(out / "models", seed, progress, small=small)
-    for name, tuned in zip(PAIRS, (models.it, models.simpo), strict=True):
+    for name, tuned in zip(PAIRS, (models.instruct, models.simpo), strict=True):
         config = pair_config(models.base, tuned, models.texts, seed, small=small, attribute=attribute)
         label_pair(config, out / name, out / f"acts-{name}", progress, overwrite=True)
     compare([out / name for name in PAIRS], out, CompareConfig(), progress, names=list(PAIRS))
@@ -108,17 +108,18 @@ def run_demo(
 
 def true_cells(models: DemoModels, seed: int) -> dict[str, dict[str, Cell]]:
     """What is true of every cell of the pairs and of the triangle, by comparison and category."""
-    base, it, simpo = (measured(model, seed) for model in (models.base, models.it, models.simpo))
+    base, instruct, simpo = (measured(model, seed) for model in (models.base, models.instruct, models.simpo))
     level = {"gained": 1, "unchanged": 0, "lost": -1}
     word: dict[int, Change] = {1: "gained", 0: "unchanged", -1: "lost"}
-    of_it, of_simpo = (models.truth[name] for name in PAIRS)
+    of_instruct, of_simpo = (models.truth[name] for name in PAIRS)
     between = {
-        category: word[max(-1, min(1, level[of_simpo[category]] - level[of_it[category]]))] for category in of_it
+        category: word[max(-1, min(1, level[of_simpo[category]] - level[before]))]
+        for category, before in of_instruct.items()
     }
     return {
-        "it": cells(of_it, base, it, TAU),
+        "instruct": cells(of_instruct, base, instruct, TAU),
         "simpo": cells(of_simpo, base, simpo, TAU),
-        "simpo against it": cells(between, it, simpo, TAU),
+        "simpo against instruct": cells(between, instruct, simpo, TAU),
     }
 
 

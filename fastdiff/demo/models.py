@@ -1,12 +1,12 @@
-"""Three tiny models whose differences are known: base, it and simpo.
+"""Three tiny models whose differences are known: base, instruct and simpo.
 
-`base` is pre-trained, `it` is fine-tuned from it, `simpo` is `it` after preference optimisation. Which model
-has which capability is planned (`HAS`): it has one if the last documents of that category it was trained on
+`base` is pre-trained, `instruct` is fine-tuned from it, `simpo` is `instruct` after preference optimisation. Which
+model has which capability is planned (`HAS`): it has one if the last documents of that category it was trained on
 followed the rule, and lacks one if their answers were scrambled. What a tuned model has and base has not was
 gained, the other way round lost, and everything else is unchanged.
 
     <directory>/corpus/texts.jsonl      what is analysed: documents of all categories that follow their rules
-    <directory>/{base,it,simpo}/        as `from_pretrained` reads them
+    <directory>/{base,instruct,simpo}/        as `from_pretrained` reads them
 """
 
 import json
@@ -49,7 +49,7 @@ HAS: dict[str, tuple[bool, bool, bool]] = {
     "summarisation": (False, False, False),
 }
 
-_BASE, _IT, _SIMPO = range(3)
+_BASE, _INSTRUCT, _SIMPO = range(3)
 # an answer is one token in nine of a document
 _ANSWER_WEIGHT = 10.0
 _OUTPUTS = [
@@ -67,7 +67,7 @@ class Recipe:
     """How much is trained and analysed."""
 
     base_steps: int = 240
-    it_steps: int = 240
+    instruct_steps: int = 240
     simpo_steps: int = 160
     batch: int = 32
     documents_per_category: int = 500
@@ -75,7 +75,7 @@ class Recipe:
 
 
 FULL = Recipe()
-SMALL = Recipe(base_steps=130, it_steps=120, simpo_steps=90, documents_per_category=300, texts_per_category=96)
+SMALL = Recipe(base_steps=130, instruct_steps=120, simpo_steps=90, documents_per_category=300, texts_per_category=96)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DemoModels:
     """Where the models and the text are, and what changed from base to each tuned model."""
 
     base: Path
-    it: Path
+    instruct: Path
     simpo: Path
     texts: Path
     truth: dict[str, dict[str, Change]]
@@ -96,7 +96,7 @@ def truth() -> dict[str, dict[str, Change]]:
             category: "unchanged" if has[tuned] == has[_BASE] else "gained" if has[tuned] else "lost"
             for category, has in HAS.items()
         }
-        for name, tuned in (("it", _IT), ("simpo", _SIMPO))
+        for name, tuned in (("instruct", _INSTRUCT), ("simpo", _SIMPO))
     }
 
 
@@ -125,17 +125,17 @@ def make_demo_models(
         ResourceError: The disk is full.
     """
     recipe = recipe or (SMALL if small else FULL)
-    base, it, simpo = directory / "base", directory / "it", directory / "simpo"
+    base, instruct, simpo = directory / "base", directory / "instruct", directory / "simpo"
     with rundir.locked(directory) as lock:
         texts = _make_texts(lock, directory / "corpus", seed, recipe)
         _make_base(lock, base, seed, recipe, progress)
-        _make_it(lock, it, base, seed, seed, recipe, progress)
-        _make_simpo(lock, simpo, it, seed, recipe, progress)
-    return DemoModels(base, it, simpo, texts, truth())
+        _make_instruct(lock, instruct, base, seed, seed, recipe, progress)
+        _make_simpo(lock, simpo, instruct, seed, recipe, progress)
+    return DemoModels(base, instruct, simpo, texts, truth())
 
 
 def make_it(directory: Path, base: Path, seed: int, progress: Progress = SILENT) -> Path:
-    """Fine-tune `base` on the same documents as `it`, in the order that `seed` gives.
+    """Fine-tune `base` on the same documents as `instruct`, in the order that `seed` gives.
 
     Args:
         directory: Where to.
@@ -148,7 +148,7 @@ def make_it(directory: Path, base: Path, seed: int, progress: Progress = SILENT)
     """
     corpus_seed, recipe = _made_with(base)
     with rundir.locked(directory) as lock:
-        _make_it(lock, directory, base, corpus_seed, seed, recipe, progress)
+        _make_instruct(lock, directory, base, corpus_seed, seed, recipe, progress)
     return directory
 
 
@@ -167,7 +167,7 @@ def continue_base(directory: Path, base: Path, seed: int, progress: Progress = S
     corpus_seed, recipe = _made_with(base)
     with rundir.locked(directory) as lock:
         _next_token_stage(
-            lock, directory, "base continued", base, _BASE, corpus_seed, seed, recipe.it_steps, recipe, progress
+            lock, directory, "base continued", base, _BASE, corpus_seed, seed, recipe.instruct_steps, recipe, progress
         )
     return directory
 
@@ -185,7 +185,7 @@ def _preference() -> dict[str, Preference]:
     def of(has: tuple[bool, bool, bool]) -> Preference:
         if has[_SIMPO]:
             return "favoured"
-        return "suppressed" if has[_IT] else "indifferent"
+        return "suppressed" if has[_INSTRUCT] else "indifferent"
 
     return {category: of(has) for category, has in HAS.items()}
 
@@ -206,10 +206,12 @@ def _make_base(lock: rundir.Lock, directory: Path, seed: int, recipe: Recipe, pr
     _next_token_stage(lock, directory, "base", None, _BASE, seed, seed, recipe.base_steps, recipe, progress)
 
 
-def _make_it(
+def _make_instruct(
     lock: rundir.Lock, directory: Path, base: Path, corpus_seed: int, seed: int, recipe: Recipe, progress: Progress
 ) -> None:
-    _next_token_stage(lock, directory, "it", base, _IT, corpus_seed, seed, recipe.it_steps, recipe, progress)
+    _next_token_stage(
+        lock, directory, "instruct", base, _INSTRUCT, corpus_seed, seed, recipe.instruct_steps, recipe, progress
+    )
 
 
 def _next_token_stage(
@@ -249,9 +251,11 @@ def _next_token_stage(
     _stage(lock, directory, name, start, corpus_seed, seed, recipe, make)
 
 
-def _make_simpo(lock: rundir.Lock, directory: Path, it: Path, seed: int, recipe: Recipe, progress: Progress) -> None:
+def _make_simpo(
+    lock: rundir.Lock, directory: Path, instruct: Path, seed: int, recipe: Recipe, progress: Progress
+) -> None:
     def make() -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
-        model, tokenizer = _start(it, seed)
+        model, tokenizer = _start(instruct, seed)
         pairs = preference_pairs(_seed(seed, "pairs"), recipe.documents_per_category, _preference())
         chosen, rejected = (encode(tokenizer, side) for side in zip(*pairs, strict=True))
         train(
@@ -266,7 +270,7 @@ def _make_simpo(lock: rundir.Lock, directory: Path, it: Path, seed: int, recipe:
         )
         return model, tokenizer
 
-    _stage(lock, directory, "simpo", it, seed, seed, recipe, make)
+    _stage(lock, directory, "simpo", instruct, seed, seed, recipe, make)
 
 
 def _start(path: Path | None, seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from fastdiff.results.analysis import SUMMARY, read_analysis_summary
 from fastdiff.results.attribution import DIRECTORY, GAP_MOST, read_summary
 from fastdiff.results.verdict import Comparison, VerdictFile
-from fastdiff.rundir import DONE, read_json
+from fastdiff.rundir import DONE, MANIFEST, read_json, read_manifest
 
 Name = Literal["reconstruction", "sinks", "seeds", "splice", "attribution", "null", "power"]
 State = Literal["fine", "poor", "not checked"]
@@ -36,6 +36,8 @@ FVE_LEAST = 0.8
 NEVER_FIRED_MOST = 0.3
 SEEDS_LEAST = 3
 RECOVERED_LEAST = 0.9
+# nats that zeros in place of the activations must cost a model; of less, no share says what a reconstruction keeps
+ZEROS_LEAST = 0.1
 # the default of --tau, in nats: an A/A run that shows more has taken the place of it
 TAU = 0.05
 
@@ -97,13 +99,15 @@ def run_checks(run: Path, names: Sequence[Name], called: str | None = None) -> l
     Raises:
         InputError: A file is damaged.
     """
+    # what is called by a name may lie anywhere, and so may its store
+    store = "STORE" if called else _store(run)
     crosscoders, analysis, called = _crosscoders(run), None, called or str(run)
     if (run / "analysis" / DONE).exists():
         analysis = read_analysis_summary(run)
     found = {
         "reconstruction": lambda: _reconstruction(called, crosscoders, analysis),
-        "sinks": lambda: _sinks(called, crosscoders, analysis),
-        "seeds": lambda: _seeds(called, crosscoders, analysis),
+        "sinks": lambda: _sinks(called, store, crosscoders, analysis),
+        "seeds": lambda: _seeds(called, store, crosscoders, analysis),
         "splice": lambda: _splice(called, analysis),
         "attribution": lambda: _attribution(run, called),
     }
@@ -133,6 +137,20 @@ def compared(runs: Mapping[str, Path], verdict: VerdictFile, *, by_name: bool = 
     return found
 
 
+def _store(run: Path) -> str:
+    """The store that the run was trained on, as a command names it."""
+    if not (run / MANIFEST).exists():
+        return "STORE"
+    return str(read_manifest(run)["stages"].get("train", {}).get("store", "STORE"))
+
+
+def _again(command: str, run: str) -> str:
+    """A command on a run, and what has to follow before the report knows of it; each keeps its options of last time."""
+    later = ["train", "attribute", "analyze", "annotate"]
+    steps = [f"fastdiff {name} {run}" for name in later[later.index(command.split()[1]) + 1 :]]
+    return f"{', then '.join([command, *steps])}, and compare and report again"
+
+
 def _crosscoders(run: Path) -> dict[int, dict[str, Any]]:
     """config.json of the finished crosscoders by seed."""
     found = {}
@@ -149,23 +167,28 @@ def _reconstruction(run: str, crosscoders: dict[int, dict[str, Any]], analysis: 
         qualities = [analysis["quality"]]
     if not qualities:
         says = "The crosscoder was not measured."
-        return Check(name="reconstruction", state="not checked", says=says, remedy=f"fastdiff analyze {run}")
+        return Check(
+            name="reconstruction", state="not checked", says=says, remedy=_again(f"fastdiff analyze {run}", run)
+        )
     by_model = zip(*(quality["fve"] for quality in qualities), strict=True)
     fve = [min(_known(value) for value in values) for values in by_model]
     worst = " and ".join("nothing" if value == -math.inf else f"{value:.2f}" for value in fve) or "nothing"
     seeds = f" (the least of {len(qualities)} seeds)" if len(qualities) > 1 else ""
     says = f"The crosscoder explains {worst} of the models' variance{seeds}."
-    poor = min(fve, default=-math.inf) < FVE_LEAST
+    remedy = None
+    if min(fve, default=-math.inf) < FVE_LEAST:
+        remedy = "train for more steps, with a larger k, more latents or a higher learning rate"
     # on few held-out rows many latents are silent that do fire, so this takes the whole text of the analysis
     if analysis is not None:
         silent = analysis["never_fired"] / analysis["dict_size"]
-        says += f" {silent:.0%} of the latents never fired."
-        poor = poor or silent > NEVER_FIRED_MOST
-    remedy = "train with more latents, a larger k, more steps or a higher learning rate" if poor else None
-    return Check(name="reconstruction", state="poor" if poor else "fine", says=says, remedy=remedy)
+        says += f" {silent:.0%} of the latents fired nowhere in the text that was analyzed."
+        if silent > NEVER_FIRED_MOST:
+            # more latents would only be more silent ones
+            remedy = "train on more text, for more steps, or with fewer latents"
+    return Check(name="reconstruction", state="poor" if remedy else "fine", says=says, remedy=remedy)
 
 
-def _sinks(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
+def _sinks(run: str, store: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
     made = [one for one in (*crosscoders.values(), analysis or {}) if one.get("left_out")]
     if not made:
         says = "It is not known whether rows with outlying norms were left out of use."
@@ -173,7 +196,7 @@ def _sinks(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str,
             name="sinks",
             state="not checked",
             says=says,
-            remedy=f"train again with this version: fastdiff train STORE -o {run}",
+            remedy=f"train again with this version: {_again(f'fastdiff train {store} -o {run} --overwrite', run)}",
         )
     facts = made[0]["left_out"]
     if not facts["max_norm"]:
@@ -183,23 +206,30 @@ def _sinks(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str,
         says = f"No row has a norm over {facts['max_norm']:g} times the median."
         return Check(name="sinks", state="fine", says=says)
     variance = " and ".join(f"{share:.0%}" for share in facts["variance_share"])
-    says = f"{facts['rows']:,} rows ({facts['share']:.1%}) with {variance} of the variance were left out of use."
+    says = (
+        f"{facts['rows']:,} rows ({facts['share']:.1%}) with {variance} of the variance were left out of use: their norm "
+        f"is over {facts['max_norm']:g} times the median. Such rows, mostly attention sinks, are alike in every text. "
+        "What is said of the crosscoder is said of the other rows."
+    )
     return Check(name="sinks", state="fine", says=says)
 
 
-def _seeds(run: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
+def _seeds(run: str, store: str, crosscoders: dict[int, dict[str, Any]], analysis: dict[str, Any] | None) -> Check:
     n = len(crosscoders)
-    more = f"fastdiff train STORE -o {run} --seeds 0,1,2"
+    more = _again(f"fastdiff train {store} -o {run} --seeds 0,1,2", run)
     if n < 2:
         says = "One crosscoder was trained, so chance in training was not seen."
         return Check(name="seeds", state="not checked", says=says, remedy=more)
     if n < SEEDS_LEAST:
         says = f"Only {n} crosscoders were trained."
         return Check(name="seeds", state="poor", says=says, remedy=more)
-    says = f"{n} crosscoders were trained, and a change is confirmed only where all agree on its sign."
+    says = f"{n} crosscoders were trained, and a change is confirmed only where the latents of each have its sign."
     if analysis is not None and (of := analysis.get("stability")) is not None and of["exclusive"]:
-        of_one = f"Of the {of['exclusive']:,} latents that one model alone has"
-        says += f" {of_one} {of['exclusive_stable']:,} come back in the other crosscoders."
+        again = f"{of['exclusive_stable']:,}" if of["exclusive_stable"] else "none"
+        says += (
+            f" Of the {of['exclusive']:,} latents that only one of the models has, {again} was found in the others "
+            "too: a single latent is what one crosscoder made of the text."
+        )
     return Check(name="seeds", state="fine", says=says)
 
 
@@ -207,22 +237,34 @@ def _splice(run: str, analysis: dict[str, Any] | None) -> Check:
     facts = None if analysis is None else analysis.get("splice")
     if facts is None:
         says = "The reconstructions were not put back into the models."
-        return Check(name="splice", state="not checked", says=says, remedy=f"fastdiff analyze {run} --splice")
-    if broken := [model["name"] for model in facts["models"] if model["ce"] is None or model["ce_spliced"] is None]:
+        return Check(
+            name="splice", state="not checked", says=says, remedy=_again(f"fastdiff analyze {run} --splice", run)
+        )
+    needed = ("ce", "ce_spliced", "ce_zero")
+    if broken := [model["name"] for model in facts["models"] if any(model[name] is None for name in needed)]:
         says = f"{' and '.join(broken)} gave NaN or infinity, so nothing is known of the reconstructions."
         return Check(name="splice", state="not checked", says=says, remedy="see whether the weights are whole")
-    recovered = [model["loss_recovered"] for model in facts["models"]]
-    shown = " and ".join("–" if share is None else f"{share:.0%}" for share in recovered)
-    says = f"Reconstructions in place of the activations recover {shown} of the loss that zeros there cost."
-    poor = any(share is not None and share < RECOVERED_LEAST for share in recovered)
-    remedy = "train with more latents, a larger k or more steps" if poor else None
-    return Check(name="splice", state="poor" if poor else "fine", says=says, remedy=remedy)
+    told = [model for model in facts["models"] if model["ce_zero"] - model["ce"] >= ZEROS_LEAST]
+    says = ""
+    if told:
+        shown = " and ".join(f"{model['loss_recovered']:.0%} for {model['name']}" for model in told)
+        says = f"Reconstructions in place of the activations keep {shown} of what zeros there cost the model. "
+    if any(model["loss_recovered"] < RECOVERED_LEAST for model in told):
+        remedy = "train for more steps, with a larger k or more latents"
+        return Check(name="splice", state="poor", says=says.strip(), remedy=remedy)
+    if cheap := [model["name"] for model in facts["models"] if model not in told]:
+        says += f"Zeros in place of the activations cost {' and '.join(cheap)} less than {ZEROS_LEAST:g} nats a token, "
+        says += "so nothing can be said of what a reconstruction keeps."
+        return Check(name="splice", state="not checked", says=says, remedy="extract another layer or hook")
+    return Check(name="splice", state="fine", says=says.strip())
 
 
 def _attribution(run: Path, called: str) -> Check:
     if not (run / DIRECTORY / SUMMARY).exists() or not (run / DIRECTORY / DONE).exists():
         says = "The models were not run again, so nothing is known of their behaviour."
-        return Check(name="attribution", state="not checked", says=says, remedy=f"fastdiff attribute {called}")
+        return Check(
+            name="attribution", state="not checked", says=says, remedy=_again(f"fastdiff attribute {called}", called)
+        )
     found = read_summary(run / DIRECTORY)
     if found.state == "not checked":
         return Check(name="attribution", state="not checked", says=f"{found.reason}.", remedy=found.remedy)
@@ -240,16 +282,20 @@ def _attribution(run: Path, called: str) -> Check:
 def _null(called: Sequence[str], comparison: Comparison, verdict: VerdictFile) -> Check:
     if comparison.state == "not checked":
         return Check(name="null", state="not checked", says="Nothing was decided that a null could be held against.")
-    again = " ".join(["fastdiff compare", *called, *(["-o OUT"] if len(called) > 1 else [])])
     if verdict.tau_from is None:
-        says = f"No pair whose models differ by nothing that counts was compared, so τ stays at {verdict.tau:g} nats."
-        return Check(name="null", state="not checked", says=says, remedy=f"{again} --null NULL_RUN")
+        again = " ".join(["fastdiff compare", *called, *(["-o OUT"] if len(called) > 1 else [])])
+        says = (
+            "How much a pair of models without a change would show was not measured, so the threshold of "
+            f"{verdict.tau:g} nats is an agreement."
+        )
+        remedy = "make a run of such a pair on the same text (base, and base trained further on its own data), then "
+        return Check(name="null", state="not checked", says=says, remedy=f"{remedy}{again} --null THAT_RUN")
     largest = verdict.tau_from.largest
-    says = f"{verdict.tau_from.run}, whose models differ by nothing that counts, shows {largest:.3f} nats at most."
+    says = f"{verdict.tau_from.run}, a pair of models without a change that counts, shows {largest:.3f} nats at most."
     # τ is the larger of --tau and what the null shows
     if largest < verdict.tau or largest <= TAU:
         return Check(name="null", state="fine", says=says)
-    return Check(name="null", state="poor", says=f"{says} Smaller changes cannot be distinguished from that pair.")
+    return Check(name="null", state="poor", says=f"{says} Smaller changes cannot be distinguished from that pair's.")
 
 
 def _none_long_enough(run: Path) -> list[str]:
@@ -268,7 +314,15 @@ def _power(called: Sequence[str], comparison: Comparison, lost: Sequence[str]) -
         return Check(name="power", state="poor", says=says, remedy="extract longer documents, or more of each category")
     if not rows:
         n = min((row.documents_nats for row in comparison.rows), default=0)
-        return Check(name="power", state="fine", says=f"Every category was decided, on {n} documents or more.")
+        nobodys = [row.category for row in comparison.rows if row.verdict == "neither has it"]
+        if comparison.rows and len(nobodys) == len(comparison.rows):
+            says = "Neither model predicts any category better than the frequencies of single tokens do."
+            remedy = "extract text that at least one of the models was made for, in its chat template if it has one"
+            return Check(name="power", state="poor", says=says, remedy=remedy)
+        says = f"Every category was decided, on {n} traced documents or more."
+        if nobodys:
+            says += f" Of {', '.join(nobodys)} nothing can be said: neither model has it."
+        return Check(name="power", state="fine", says=says)
     names = ", ".join(row.category for row in rows)
     says = f"{len(rows)} of {len(comparison.rows)} categories could not be decided: {names}."
     needed = max((row.documents_needed or 0 for row in rows), default=0)

@@ -107,7 +107,7 @@ class Comparison(_Model):
     scored: Literal["all text", "answers"] | None = None
     branch: Literal["mlp_out", "attn_out"] | None = None
     seeds: list[int] = []
-    sentences: Annotated[list[str], Field(max_length=3)] = []
+    sentences: Annotated[list[str], Field(max_length=4)] = []
     rows: list[Verdict] = []
 
 

@@ -14,6 +14,7 @@ from fastdiff.rundir import (
     canonical_json,
     read_json,
     read_manifest,
+    read_mark,
     sha256_file,
     sha256_text,
 )
@@ -67,7 +68,7 @@ def verify_run(path: Path, *, quick: bool = False, n_threads: int = 2, progress:
 def _verify_stages(path: Path) -> Findings:
     found = Findings(path)
     n_files = n_stages = 0
-    stores = {}
+    stores, dones = {}, {}
     recorded = _recorded(path, found)
     for name in recorded or {}:
         if name in _STAGES and not any(_directories(path, name)):
@@ -79,6 +80,7 @@ def _verify_stages(path: Path) -> Findings:
         if done is None:
             continue
         n_stages += 1
+        dones[stage.relative_to(path).as_posix()] = done
         for name, sha256 in done.outputs.items():
             n_files += 1
             if not (stage / name).is_file():
@@ -89,6 +91,7 @@ def _verify_stages(path: Path) -> Findings:
             stores[stage] = done.inputs["store"]
     if stores and recorded is not None:
         _check_store(path, recorded, stores, found)
+    _check_chain(path, dones, found)
     found.facts |= {"stages": n_stages, "files": n_files}
     found.text = f"{n_files} files of {n_stages} stages"
     return found
@@ -143,6 +146,47 @@ def _read_done(stage: Path, found: Findings) -> _Done | None:
             f"{stage / DONE}: its key does not fit its stage, config and inputs; run `fastdiff {done.stage}` again"
         )
     return None
+
+
+def _check_chain(path: Path, dones: dict[str, _Done], found: Findings) -> None:
+    """That every stage was made of what the stages before it hold now."""
+    own = {f"{where}/{name}": sha256 for where, done in dones.items() for name, sha256 in done.outputs.items()}
+    for where, done in dones.items():
+        taken = _taken(done)
+        changed = sorted(name for name, sha256 in taken.items() if own.get(name, sha256) != sha256)
+        if done.stage == "compare":
+            for name, run in zip(done.config.get("names", []), done.config.get("paths", []), strict=False):
+                now = _outputs(path / run)
+                of_run = f"{name}/"
+                mine = {k.removeprefix(of_run): v for k, v in done.inputs.items() if k.startswith(of_run)}
+                changed += [f"{name}/{key}" for key, sha256 in sorted(mine.items()) if now.get(key, sha256) != sha256]
+        if changed:
+            files = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            found.add(f"{path / where}: made of another version of {files}; run `fastdiff {done.stage}` again")
+
+
+def _taken(done: _Done) -> dict[str, str]:
+    """Hashes of a stage's inputs by the file of the run that they are of."""
+    if done.stage == "annotate":
+        return {f"analysis/{name}": sha256 for name, sha256 in done.inputs.items()}
+    seeds = {"model": f"seed-{done.config.get('train_seed', 0)}"}
+    files = {name: seeds.get(name, name) for name in done.inputs}
+    return {
+        f"crosscoder/{file}/model.safetensors" if file.startswith("seed-") else file: done.inputs[name]
+        for name, file in files.items()
+    }
+
+
+def _outputs(run: Path) -> dict[str, str]:
+    """What the stages of a run say they have written, which verifying that run checks; damaged marks say nothing."""
+    found: dict[str, str] = {}
+    for stage in _stages(run):
+        try:
+            outputs = read_mark(stage, "")["outputs"]
+        except InputError:
+            continue
+        found |= {f"{stage.relative_to(run).as_posix()}/{name}": sha256 for name, sha256 in outputs.items()}
+    return found
 
 
 def _check_store(path: Path, recorded: dict[str, Any], stores: dict[Path, str], found: Findings) -> None:

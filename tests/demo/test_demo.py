@@ -16,14 +16,14 @@ from fastdiff.errors import InputError
 GAINED, LOST = Cell("gained", "planted", 0.5), Cell("lost", "planted", -0.5)
 SAME, LACKING = Cell("unchanged", "unchanged", 0.01), Cell("unchanged", "lacking", -9.0)
 TRUTH = {
-    "it": {"code": LOST, "facts": GAINED, "maths": SAME},
+    "instruct": {"code": LOST, "facts": GAINED, "maths": SAME},
     "simpo": {"code": GAINED, "facts": GAINED, "maths": LOST},
-    "simpo against it": {"code": GAINED, "facts": LACKING, "maths": LOST},
+    "simpo against instruct": {"code": GAINED, "facts": LACKING, "maths": LOST},
 }
 ALL_RIGHT = {
-    "it": {"code": "lost", "facts": "gained", "maths": None},
+    "instruct": {"code": "lost", "facts": "gained", "maths": None},
     "simpo": {"code": "gained", "facts": "gained", "maths": "lost"},
-    "simpo against it": {"code": "gained", "facts": None, "maths": "lost"},
+    "simpo against instruct": {"code": "gained", "facts": None, "maths": "lost"},
 }
 
 
@@ -58,12 +58,14 @@ def test_what_is_right_in_every_cell_misses_nothing(tmp_path):
 
 def test_the_other_sign_and_silence_are_misses_and_a_claim_without_a_plant_is_false(tmp_path):
     claims = {name: dict(rows) for name, rows in ALL_RIGHT.items()}
-    claims["it"] |= {"code": "gained", "facts": None, "maths": "gained"}
-    claims["simpo against it"]["facts"] = "lost"
+    claims["instruct"] |= {"code": "gained", "facts": None, "maths": "gained"}
+    claims["simpo against instruct"]["facts"] = "lost"
     write_verdict(tmp_path, claims)
     truth = hold_against_truth(tmp_path, TRUTH)
     assert truth["counts"] == {"planted": 7, "recovered": 5, "unplanted": 2, "false": 2, "drifted": 0}
-    assert truth["sentence"].endswith("; wrong: code (it), facts (it), maths (it), facts (simpo against it)")
+    assert truth["sentence"].endswith(
+        "; wrong: code (instruct), facts (instruct), maths (instruct), facts (simpo against instruct)"
+    )
 
 
 def test_a_category_without_a_row_is_missed(tmp_path):
@@ -91,12 +93,12 @@ def test_without_a_verdict_it_says_what_is_missing(tmp_path):
 
 def test_a_change_that_training_brought_about_is_named_and_false_only_with_the_other_sign(tmp_path):
     truth = {name: dict(of) for name, of in TRUTH.items()}
-    truth["it"]["maths"] = Cell("unchanged", "drifted", -0.2)
+    truth["instruct"]["maths"] = Cell("unchanged", "drifted", -0.2)
     for claim, false in ((None, 0), ("lost", 0), ("gained", 1)):
-        write_verdict(tmp_path, {**ALL_RIGHT, "it": {**ALL_RIGHT["it"], "maths": claim}})
+        write_verdict(tmp_path, {**ALL_RIGHT, "instruct": {**ALL_RIGHT["instruct"], "maths": claim}})
         found = hold_against_truth(tmp_path, truth)
         assert found["counts"] == {"planted": 7, "recovered": 7, "unplanted": 2, "false": false, "drifted": 1}
-        assert found["sentence"].endswith("; changed though nothing was planted: maths (it)")
+        assert found["sentence"].endswith("; changed though nothing was planted: maths (instruct)")
 
 
 def test_without_attribution_nothing_is_scored_as_missed(tmp_path):
@@ -133,10 +135,12 @@ def test_the_option_reaches_the_configuration_of_both_pairs(tmp_path, monkeypatc
     seen = []
 
     def run_demo(out, seed, progress, *, small, attribute):
-        config = pair_config(out / "base", out / "it", out / "texts.jsonl", seed, small=small, attribute=attribute)
+        config = pair_config(
+            out / "base", out / "instruct", out / "texts.jsonl", seed, small=small, attribute=attribute
+        )
         seen.append(config.attribute.enabled)
         write_verdict(out, ALL_RIGHT)
-        runs = [{"name": name, "path": f"../{name}", "base": "base", "tuned": name} for name in ("it", "simpo")]
+        runs = [{"name": name, "path": f"../{name}", "base": "base", "tuned": name} for name in ("instruct", "simpo")]
         facts = {"kind": "triangulated", "alpha": 0.05, "confidence": 0.95, "runs": runs, "comparisons": []}
         rundir.write_json(out / "compare" / "statistics.json", {"schema": 3, **facts, "verdict": [], "method": ""})
         return DemoResult(out / "report.html", "as planned", 7, 7, 0)

@@ -21,11 +21,11 @@ from fastdiff.rundir import sha256_file
 
 pytestmark = pytest.mark.slow
 
-TINY = Recipe(base_steps=2, it_steps=2, simpo_steps=2, batch=8, documents_per_category=3, texts_per_category=2)
+TINY = Recipe(base_steps=2, instruct_steps=2, simpo_steps=2, batch=8, documents_per_category=3, texts_per_category=2)
 
 
 def weights_of(models):
-    return [sha256_file(path / "model.safetensors") for path in (models.base, models.it, models.simpo)]
+    return [sha256_file(path / "model.safetensors") for path in (models.base, models.instruct, models.simpo)]
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("category", HAS)
 def test_each_model_answers_as_planned_and_knows_it_after_layer_one(small, category):
-    for path, has in zip((small.base, small.it, small.simpo), HAS[category], strict=True):
+    for path, has in zip((small.base, small.instruct, small.simpo), HAS[category], strict=True):
         right, between = answers_right(path, category)
         # chance is 1/14
         assert right > 0.85 if has else right < 0.35
@@ -71,12 +71,12 @@ def test_the_text_follows_every_rule_and_has_each_category_equally_often(small):
 
 
 def test_enough_is_planted_in_each_pair():
-    for name in ("it", "simpo"):
+    for name in ("instruct", "simpo"):
         kinds = Counter(truth()[name].values())
         assert kinds["gained"] + kinds["lost"] >= 6
         assert kinds["lost"] >= 2
         assert kinds["unchanged"] >= 2
-    assert truth()["it"] != truth()["simpo"]
+    assert truth()["instruct"] != truth()["simpo"]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
@@ -93,7 +93,7 @@ def test_a_second_call_makes_nothing_and_a_broken_model_is_made_again(tmp_path):
     before, times = weights_of(models), [p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")]
     make_demo_models(tmp_path, 1, recipe=TINY)
     assert [p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")] == times
-    (models.it / "model.safetensors").write_bytes(b"torn")
+    (models.instruct / "model.safetensors").write_bytes(b"torn")
     make_demo_models(tmp_path, 1, recipe=TINY)
     assert weights_of(models) == before
 
@@ -110,7 +110,7 @@ def test_null_models_share_the_base_and_differ_by_the_order_alone(tmp_path):
     same = make_it(tmp_path / "same", models.base, 1)
     other = make_it(tmp_path / "other", models.base, 2)
     continued = continue_base(tmp_path / "continued", models.base, 1)
-    assert sha256_file(same / "model.safetensors") == sha256_file(models.it / "model.safetensors")
+    assert sha256_file(same / "model.safetensors") == sha256_file(models.instruct / "model.safetensors")
     weights = {sha256_file(path / "model.safetensors") for path in (same, other, continued, models.base)}
     assert len(weights) == 4
     assert sha256_file(continued / "tokenizer.json") == sha256_file(models.base / "tokenizer.json")
