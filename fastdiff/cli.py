@@ -314,6 +314,8 @@ def run(
     from fastdiff.config import RunConfig
     from fastdiff.pipeline import run_pipeline
 
+    if config_file is None:
+        raise click.UsageError("-c FILE is needed; `fastdiff config init > fastdiff.yaml` writes one to fill in")
     if attribute is not None:
         settings = (*settings, f"attribute.enabled={str(attribute).lower()}")
     config = resolve(RunConfig, None, config_file, settings, {})

@@ -4,7 +4,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,8 +50,9 @@ class StageCommand(click.Command):
         """All parameters."""
         if not self._complete:
             self._complete = True
-            fields = _model(str(self.name)).model_fields.items()
-            self.params += [_option(name, field) for name, field in fields if not _of_run(field)]
+            model = _model(str(self.name))
+            fields = model.model_fields.items()
+            self.params += [_option(model, name) for name, field in fields if not _of_run(field)]
         return super().get_params(ctx)
 
 
@@ -67,22 +68,21 @@ def _of_run(field: "FieldInfo") -> bool:
     return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("of_run"))
 
 
-def _flag_of(name: str, field: "FieldInfo") -> str:
-    extra = field.json_schema_extra
-    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else "--" + name.replace("_", "-")
-
-
 def _as_given(model: "type[Stage]", name: str, value: Any) -> str:
     """A field's value as a user would give it."""
-    flag = _flag_of(name, model.model_fields[name])
+    from fastdiff.config import flag
+
+    option = flag(model, name)
     if isinstance(value, bool):
-        return flag if value else f"--no-{flag[2:]}"
-    return f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"
+        return option if value else f"--no-{option[2:]}"
+    return f"{option} {','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
-def _option(name: str, field: "FieldInfo") -> click.Option:
+def _option(model: "type[StageConfig]", name: str) -> click.Option:
     """One option; its default stays with the configuration, so that a file's value can stand below it."""
-    flag = _flag_of(name, field)
+    from fastdiff import config
+
+    field, flag = model.model_fields[name], config.flag(model, name)
     kind = field.annotation
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -180,7 +180,7 @@ def resolve(
     """
     import yaml
 
-    from fastdiff.config import RunConfig, validated
+    from fastdiff.config import RunConfig, flag, validated
 
     values: dict[str, Any] = {}
     if config_file is None and last is not None:
@@ -204,13 +204,17 @@ def resolve(
                 raise click.UsageError(f"{config_file}: section {name} holds {fields!r}, not KEY: VALUE lines")
         sections = {name: fields or {} for name, fields in loaded.items()}
         values = sections if section is None else sections.get(section, {})
-    values |= {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
+    in_file = set(_paths(values)) if config_file is not None else set()
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
+    values |= options
+    places = set()
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise click.UsageError(f"--set {setting}: expected KEY=VALUE")
         place = values
         *path, leaf = key.replace("-", "_").split(".")
+        places.add((*path, leaf))
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
@@ -219,7 +223,24 @@ def resolve(
             place[leaf] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise click.UsageError(f"--set {setting}: the value is not YAML") from error
-    return validated(model, values)
+
+    def called(path: tuple[str, ...]) -> str:
+        """What the user calls the field: --set over the option over the file."""
+        if any(place[: len(path)] == path for place in places):
+            return f"--set {'.'.join(path)}"
+        if path[0] in options or (section is not None and path not in in_file):
+            return flag(model, path[0])
+        return f"{config_file}: {'.'.join(path if section is None else (section, *path))}"
+
+    return validated(model, values, called)
+
+
+def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every field in a file's sections, and of the sections."""
+    for name, value in values.items():
+        yield (*above, str(name))
+        if isinstance(value, dict):
+            yield from _paths(value, (*above, str(name)))
 
 
 def progress_of(mode: Literal["auto", "on", "off"], quiet: bool) -> "Progress":

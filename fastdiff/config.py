@@ -4,7 +4,9 @@ The command line takes names, defaults and help from these fields, so each stand
 file (YAML) has one section per stage with the same names; an unknown key is an error.
 """
 
+import difflib
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -36,7 +38,8 @@ _OF_RUN: dict[str, Any] = {"of_run": True}
 class StageConfig(BaseModel):
     """What all stages share: frozen; an unknown key and a number that is not finite are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # defaults are validated for their type: a stage made with 10 is not the one made with 10.0
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -393,8 +396,21 @@ class RunConfig(StageConfig):
     compare: CompareConfig = CompareConfig()
 
 
-def validated(model: type[Stage], values: dict[str, Any]) -> Stage:
+def flag(model: type[StageConfig], name: str) -> str:
+    """The command line's option for a field."""
+    extra = model.model_fields[name].json_schema_extra if name in model.model_fields else None
+    return str(extra["flag"]) if isinstance(extra, dict) and "flag" in extra else "--" + name.replace("_", "-")
+
+
+def validated(
+    model: type[Stage], values: dict[str, Any], called: Callable[[tuple[str, ...]], str] | None = None
+) -> Stage:
     """Build a configuration.
+
+    Args:
+        model: Which.
+        values: Its fields.
+        called: What the user calls the field at a path such as ("train", "k"); an option unless given.
 
     Raises:
         OptionError: A value is out of range, of another type, missing, or of an unknown name.
@@ -404,19 +420,55 @@ def validated(model: type[Stage], values: dict[str, Any]) -> Stage:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            name = "--" + ".".join(str(part) for part in item["loc"]).replace("_", "-")
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "missing":
-                problems.append(f"{name} is required")
-            elif item["type"] == "extra_forbidden":
-                problems.append(f"{name}: no such option")
-            elif name == "--":
-                problems.append(message)
-            else:
-                # a whole section is no help in one line
-                got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-                problems.append(f"{name}: {message}{got}")
+            path = tuple(str(part) for part in item["loc"])
+            if not path or (isinstance(item["input"], dict) and item["type"] == "value_error"):
+                # a check of several fields names them itself
+                problems.append(item["msg"].removeprefix("Value error, "))
+                continue
+            field = next((i for i, part in enumerate(path) if part.isdecimal()), len(path))
+            name = called(path[:field]) if called else _option_of(model, path[:field])
+            problems.append(f"{name}{_problem(model, path, item, 'option' if name.startswith('--') else 'field')}")
         raise OptionError("; ".join(problems)) from error
+
+
+def _option_of(model: type[StageConfig], path: tuple[str, ...]) -> str:
+    return flag(model, path[0]) if len(path) == 1 else f"--set {'.'.join(path)}"
+
+
+def _problem(model: type[StageConfig], path: tuple[str, ...], item: Any, what: str) -> str:
+    """What is wrong with one field, to follow its name; `what` is how it was given."""
+    kind, limits, got = item["type"], item.get("ctx", {}), item["input"]
+    if kind == "missing":
+        return " is required"
+    if kind == "extra_forbidden":
+        known: Any = model
+        for part in path[:-1]:
+            known = known.model_fields[part].annotation
+        near = difflib.get_close_matches(path[-1], known.model_fields, n=1)
+        return f": no such {what}" + (f"; did you mean {near[0]}?" if near else "")
+    if kind in ("string_too_short", "too_short"):
+        return " is empty; give a value"
+    says = {
+        "greater_than": "must be more than {gt:g}",
+        "greater_than_equal": "must be at least {ge:g}",
+        "less_than": "must be less than {lt:g}",
+        "less_than_equal": "must be at most {le:g}",
+        "literal_error": "must be {expected}",
+        "finite_number": "must be a finite number",
+        "int_parsing": "must be a whole number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_parsing": "must be a number",
+        "float_type": "must be a number",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "list_type": "must be a list",
+        "model_type": "must hold KEY: VALUE lines",
+    }.get(kind)
+    message = says.format(**limits) if says else item["msg"].removeprefix("Value error, ")
+    # a whole section is no help in one line
+    return f": {message}" + ("" if isinstance(got, dict) else f" (got {got!r})")
 
 
 def template(model: type[StageConfig], indent: str = "") -> str:

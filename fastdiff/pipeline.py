@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fastdiff import rundir
 from fastdiff.analysis.analyze import analyze
 from fastdiff.annotation.annotate import annotate
 from fastdiff.attribution.attribute import attribute
@@ -58,4 +59,7 @@ def run_pipeline(
     """
     label_pair(config, run, run / "acts", progress, resume=resume, overwrite=overwrite)
     compare([run], run, config.compare, progress)
+    # the store is a directory of its own; so the run's file is one that `fastdiff run -c` takes
+    with rundir.locked(run):
+        rundir.write_section(run, "extract", config.extract.model_dump())
     return build_report(run, progress)

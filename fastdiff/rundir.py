@@ -206,6 +206,7 @@ class Lock:
         *,
         schemas: Mapping[str, int] | None = None,
         recorded: bool = True,
+        no_options: Sequence[str] = (),
     ) -> "Stage":
         """A stage of this run.
 
@@ -217,9 +218,19 @@ class Lock:
             outputs: The files it writes, relative to `directory`.
             schemas: Schema numbers of those among `outputs` that are JSON with one; in another they are not up to date.
             recorded: Whether fastdiff.yaml and manifest.json of the run speak of it.
+            no_options: Those of `settings` that no option sets, so that fastdiff.yaml, which `-c` reads, has no place
+                for them.
         """
         return Stage(
-            self.run, directory, name, dict(settings), dict(inputs), tuple(outputs), dict(schemas or {}), recorded
+            self.run,
+            directory,
+            name,
+            dict(settings),
+            dict(inputs),
+            tuple(outputs),
+            dict(schemas or {}),
+            recorded,
+            tuple(no_options),
         )
 
 
@@ -241,6 +252,7 @@ class Stage:
     outputs: tuple[str, ...]
     schemas: dict[str, int]
     recorded: bool
+    no_options: tuple[str, ...]
     facts: dict[str, Any] = field(default_factory=dict)  # what the manifest is to say beside the usual
 
     def up_to_date(self) -> bool:
@@ -268,7 +280,8 @@ class Stage:
             _restore(self.directory)
             return
         if self.recorded:
-            record(self.run, self.name, self.settings, **self.facts)
+            options = {name: value for name, value in self.settings.items() if name not in self.no_options}
+            record(self.run, self.name, options, **self.facts)
         finish(self.directory, self.name, self.settings, self.inputs, self.outputs)
 
 
@@ -375,10 +388,9 @@ def record(run: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> No
     Raises:
         InputError: One of the two is there and cannot be read.
     """
-    resolved, manifest = _records(run)
+    _, manifest = _records(run)
     if config:
-        sections = {**resolved, stage: dict(config)}
-        write_text(run / _CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+        write_section(run, stage, config)
     manifest["stages"][stage] = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -386,6 +398,18 @@ def record(run: Path, stage: str, config: Mapping[str, Any], **facts: Any) -> No
         **facts,
     }
     write_json(run / MANIFEST, manifest)
+
+
+def write_section(run: Path, stage: str, config: Mapping[str, Any]) -> None:
+    """Put a stage's resolved configuration in `fastdiff.yaml`, unless it is there.
+
+    Raises:
+        InputError: The file is there and cannot be read.
+    """
+    resolved, _ = _records(run)
+    if resolved.get(stage) != dict(config):
+        sections = {**resolved, stage: dict(config)}
+        write_text(run / _CONFIG, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
 
 
 def _records(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

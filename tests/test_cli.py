@@ -208,8 +208,8 @@ class TestRefusals:
             (["--k", "many"], ["--k", "many"]),
             (["--activation", "gelu"], ["--activation", "gelu"]),
             (["--no-such-option", 1], ["--no-such-option", "fastdiff train --help"]),
-            (["--set", "nope=1"], ["--nope"]),
-            (["--set", "train.k=1"], ["--train"]),
+            (["--set", "nope=1"], ["--set nope: no such option"]),
+            (["--set", "train.k=1"], ["--set train"]),
             (["--set", "k"], ["--set k", "KEY=VALUE"]),
             (["--set", "k=[1"], ["--set k=[1", "not YAML"]),
             (["--set", "k.x=1", "--k", 3], ["'k' is a value"]),
@@ -224,7 +224,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("train: {no_such_key: 1}", "--no-such-key"),
+            ("train: {no_such_key: 1}", "c.yaml: train.no_such_key: no such field"),
+            ("train: {stpes: 5}", "c.yaml: train.stpes: no such field; did you mean steps?"),
+            ("train: {steps: many}", "c.yaml: train.steps: must be a whole number (got 'many')"),
             ("training: {k: 1}", "unknown section 'training'"),
             ("1: 2\nx: 3", "unknown section 1"),
             ("train: 5", "section train holds 5"),

@@ -52,7 +52,7 @@ def test_all_problems_are_told_at_once_on_one_line():
 
 
 def test_a_nested_key_is_named_with_its_section():
-    with pytest.raises(OptionError, match=r"--train\.k"):
+    with pytest.raises(OptionError, match=r"--set train\.k: must be at least 1 \(got 0\)"):
         validated(RunConfig, {"extract": REQUIRED, "train": {"k": 0}})
 
 
@@ -142,7 +142,7 @@ def test_a_short_run_with_a_long_decay_fits_its_warmup():
     ("model", "values", "message"),
     [
         (TrainConfig, {"seed": 10**20}, "--seed: "),
-        (ExtractConfig, {"base": "", "tuned": "t", "dataset": ["x"]}, "--base: "),
+        (ExtractConfig, {"base": "", "tuned": "t", "dataset": ["x"]}, "--base is empty"),
         (RunConfig, {"extract": {"base": "b", "tuned": "t", "dataset": ["x"]}, "train": {"k": 9, "dict_size": 8}}, "9"),
     ],
 )
@@ -164,5 +164,5 @@ def test_no_option_takes_a_number_that_is_not_finite(stage, value):
     numbers = [name for name, field in stage.model_fields.items() if field.annotation is float]
     assert numbers
     for name in numbers:
-        with pytest.raises(OptionError, match=f"{name.replace('_', '-')}: Input should be"):
+        with pytest.raises(OptionError, match=f"{name.replace('_', '-')}: must be a finite number"):
             validated(stage, {name: value})

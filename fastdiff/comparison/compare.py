@@ -75,7 +75,8 @@ def compare(
                 raise OptionError(f"--null {config.null_run}: is a copy of a run that is compared; give another run")
             inputs |= {f"--null/{file}": sha for file, sha in of_null.items()}
         schemas = {STATISTICS: STATISTICS_SCHEMA, "verdict.json": VERDICT_SCHEMA}
-        stage = lock.stage(target, "compare", settings, inputs, OUTPUTS, schemas=schemas)
+        own = ("names", "paths")
+        stage = lock.stage(target, "compare", settings, inputs, OUTPUTS, schemas=schemas, no_options=own)
         if stage.up_to_date():
             progress.say(f"compare: {target} is up to date")
             return target

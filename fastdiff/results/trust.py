@@ -94,7 +94,7 @@ def run_checks(run: Path, names: Sequence[Name], called: str | None = None) -> l
     Args:
         run: The run directory.
         names: Which checks.
-        called: What commands call the run; its path unless given.
+        called: What commands call the run, and then nothing says where its store is; its path unless given.
 
     Raises:
         InputError: A file is damaged.
@@ -132,7 +132,7 @@ def compared(runs: Mapping[str, Path], verdict: VerdictFile, *, by_name: bool = 
         lost = [name for run in comparison.runs for name in _none_long_enough(runs[run])]
         own = [_null(called, comparison, verdict), _power(called, comparison, list(dict.fromkeys(lost)))]
         if comparison.kind == "pair":
-            own = [*run_checks(runs[comparison.runs[0]], COMPARED, called[0]), *own]
+            own = [*run_checks(runs[comparison.runs[0]], COMPARED, called[0] if by_name else None), *own]
         found.append(Trusted(of=comparison.name, checks=own))
     return found
 
@@ -207,9 +207,9 @@ def _sinks(run: str, store: str, crosscoders: dict[int, dict[str, Any]], analysi
         return Check(name="sinks", state="fine", says=says)
     variance = " and ".join(f"{share:.0%}" for share in facts["variance_share"])
     says = (
-        f"{facts['rows']:,} rows ({facts['share']:.1%}) with {variance} of the variance were left out of use: their norm "
-        f"is over {facts['max_norm']:g} times the median. Such rows, mostly attention sinks, are alike in every text. "
-        "What is said of the crosscoder is said of the other rows."
+        f"{facts['rows']:,} rows ({facts['share']:.1%}) with {variance} of the variance were left out of use: their "
+        f"norm is over {facts['max_norm']:g} times the median. Such rows, mostly attention sinks, are alike in every "
+        "text. What is said of the crosscoder is said of the other rows."
     )
     return Check(name="sinks", state="fine", says=says)
 

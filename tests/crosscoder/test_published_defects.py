@@ -221,7 +221,7 @@ def test_every_activation_trains_all_the_steps_asked_for(tmp_path, activation):
         ({"sparsity": "l1"}, "--sparsity: "),
         ({"code_norm": "decoupled"}, "--code-norm: "),
         ({"matryoshka": (0.5, 0.25)}, "matryoshka must rise"),
-        ({"matryoshka": (0.5, 1.0)}, "--matryoshka.1: "),
+        ({"matryoshka": (0.5, 1.0)}, "--matryoshka: must be less than 1"),
         (
             {"matryoshka": (0.25, 0.26), "dict_size": 16, "k": 4},
             "matryoshka must give different numbers of latents, got 4,4,16",
