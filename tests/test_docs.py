@@ -8,6 +8,7 @@ import click
 import pytest
 
 from fastdiff.cli import cli
+from fastdiff.results.verdict import MEANINGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,11 @@ def test_the_readme_names_no_command_or_option_that_is_not_there():
                 parameters = cli.commands[name].get_params(click.Context(cli.commands[name]))
                 known = {option for p in parameters for option in p.opts + p.secondary_opts}
                 assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", arguments)) <= known, line
+
+
+def test_the_readme_explains_every_word_of_a_verdict():
+    table = README.split("| verdict | what it says |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| ([a-z ]+) \|", table, flags=re.MULTILINE)) == set(MEANINGS)
 
 
 def test_every_kernel_has_the_reference_test_and_benchmark_that_the_table_names():

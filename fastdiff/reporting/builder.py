@@ -29,6 +29,7 @@ from fastdiff.reporting.data import read_findings
 from fastdiff.reporting.island import encode, island
 from fastdiff.reporting.schema import Findings, Run
 from fastdiff.reporting.text import SENTENCE, fixed, number, probability, visible
+from fastdiff.results.verdict import meanings
 
 _ASSETS = ("report.html.j2", "report.css", "report.js")
 _OUTPUTS = ["report.html", "report.json", "latents.csv", "categories.csv"]
@@ -124,6 +125,7 @@ def _render(findings: Findings, assets: Mapping[str, str]) -> tuple[str, dict[st
         runs=[_run_context(i, run) for i, run in enumerate(findings.runs)],
         trusted=tables.trusted(findings),
         verdicts=tables.verdict_tables(findings),
+        meanings=meanings(findings.verdict),
         comparisons=tables.category_tables(findings),
         planted=tables.planted(findings),
         n_cards=sum(len(run.cards) for run in findings.runs),

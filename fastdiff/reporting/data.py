@@ -240,7 +240,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Commands in the order of the stages, each once, and versions. Times of day stay behind."""
+    """Commands in the order of the stages, each once, and versions. Times of day stay behind.
+
+    What was called from Python has no command.
+    """
     manifest = path / "manifest.json"
     if not manifest.exists():
         return [], {}
@@ -251,7 +254,7 @@ def _read_manifest(path: Path) -> tuple[list[str], dict[str, str]]:
             continue
         program, *arguments = facts["command"]
         command = shlex.join([Path(program).name, *arguments])
-        if command not in commands:
+        if Path(program).name == "fastdiff" and command not in commands:
             commands.append(command)
         versions.update(facts["versions"])
     return commands, versions

@@ -6,6 +6,7 @@
     ["nats", "not specific, by nats"]];
   const PARTS = 12, NONE = "uninterpretable";
   const SORTS = [
+    ["nats in a category, most first", (l) => l.nats.length ? -Math.max(0, ...l.nats.map((x) => Math.abs(x ?? 0))) : -(l.delta_norm ?? -1)],
     ["Δ norm, most tuned first", (l) => -(l.delta_norm ?? -1)],
     ["Δ norm, most base first", (l) => l.delta_norm ?? 2],
     ["frequency", (l) => -(l.frequency ?? 0)],

@@ -25,7 +25,7 @@ _MARKS = {"gained": "▲", "lost": "▼"}
 
 
 def title(findings: Findings) -> str:
-    """The pair, or all pairs, in short names: base → it, simpo."""
+    """The pair, or all pairs, in short names: base → instruct, simpo."""
     models = [name for run in findings.runs for name in (run.base, run.tuned)]
     tuned = [short_name(run.tuned, models) for run in findings.runs]
     if len(set(tuned)) < len(tuned):
@@ -47,7 +47,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Hook", ", ".join(hooks) or "–"),
         ("Tokens analysed", f"{run.summary.n_tokens:,}"),
         ("Dictionary size", f"{run.summary.dict_size:,} latents"),
-        *([("Active per token, k", f"{run.summary.k:,}")] if run.summary.k is not None else []),
+        *([("Active per token in training, k", f"{run.summary.k:,}")] if run.summary.k is not None else []),
     ]
 
 
@@ -69,17 +69,20 @@ def measures(run: Run) -> list[tuple[str, str]]:
     ]
     found += [
         (f"Silent on rows {quality.rows}", _percent(quality.silent_fraction)),
-        ("Active latents per token, L0", number(quality.l0_mean)),
-        ("Never fired on this text", f"{run.summary.never_fired:,} of {run.summary.dict_size:,}"),
+        ("Active per token on this text, L0", number(quality.l0_mean)),
+        ("Fired nowhere in this text", f"{run.summary.never_fired:,} of {run.summary.dict_size:,} latents"),
         *((f"Specific to {side}", f"{specific.get(side, 0):,}") for side in ("base", "tuned")),
     ]
     unlabelled, uninterpretable, total = _uncategorized(run)
     share = _percent((unlabelled + uninterpretable) / total if total else 0.0)
-    value = f"{share} ({unlabelled:,} unlabelled, {uninterpretable:,} uninterpretable of {total:,})"
+    value = f"{share} of {total:,}: {unlabelled:,} without a label, {uninterpretable:,} in which no one stands out"
     found.append(("Specific without a category", value))
     if (seeds := run.summary.stability) is not None:
-        value = f"{seeds.exclusive_stable:,} of {seeds.exclusive:,} (of all {seeds.stable:,} of {seeds.observed:,})"
-        found.append(("Latents of one model that other seeds have too", value))
+        for of, some, all_ in (
+            ("Latents of one model", seeds.exclusive_stable, seeds.exclusive),
+            ("All latents", seeds.stable, seeds.observed),
+        ):
+            found.append((f"{of} that other seeds have too", f"{some:,} of {all_:,}" if all_ else "there are none"))
     return found
 
 
@@ -104,8 +107,7 @@ def count_notes(run: Run) -> list[str]:
 def verdict_tables(findings: Findings) -> list[dict[str, Any]]:
     """One table per comparison of `verdict.json`, all on one axis: changes first, the largest gain at the top."""
     file = findings.verdict
-    estimates = [of for c in file.comparisons for row in c.rows for of in (row.B, row.V) if of is not None]
-    limit = charts.nats_limit(v for of in estimates for v in (of.mean, of.low, of.high))
+    limit = scale([row for c in file.comparisons for row in c.rows])
     latents = [row_latents(findings, i) for i in range(len(findings.runs))]
     tables = []
     for comparison in file.comparisons:
@@ -125,10 +127,39 @@ def verdict_tables(findings: Findings) -> list[dict[str, Any]]:
                     }
                     for row in rows
                 ],
+                "held": _held(comparison.rows),
                 "note": _note(findings, run, [one for of in shown for row in of.values() for one in row]),
             }
         )
     return tables
+
+
+def scale(rows: list[Verdict]) -> float:
+    """Nats to which the axes reach. What neither model has stands on the edge, or it would squeeze all other rows."""
+    shown = [row for row in rows if row.verdict != "neither has it"] or rows
+    estimates = [of for row in shown for of in (row.B, row.V) if of is not None]
+    return charts.nats_limit(v for of in estimates for v in (of.mean, of.low, of.high))
+
+
+def _held(rows: list[Verdict]) -> str:
+    """How much of the confirmed changes the layer and the latents hold; empty where nothing is confirmed."""
+    means = [
+        (row.B.mean, row.L.mean, row.V.mean) for row in rows if row.verdict == "confirmed" and row.B and row.L and row.V
+    ]
+    layer = [part / whole for whole, part, _ in means if whole and part]
+    latents = [part / whole for _, whole, part in means if whole and part]
+    if not layer or not latents:
+        return ""
+    return (
+        f"Of the confirmed changes {_span(layer)} comes about up to this layer (later layers may add to it or take "
+        f"from it), and {_span(latents)} of that runs through the latents. The rest is in what the crosscoder does not "
+        "reconstruct, and no latent stands for it."
+    )
+
+
+def _span(shares: list[float]) -> str:
+    low, high = (f"{100 * share:.0f} %" for share in (min(shares), max(shares)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _note(findings: Findings, run: int | None, latents: list[RowLatent]) -> str:

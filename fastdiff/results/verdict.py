@@ -35,6 +35,31 @@ Reason = Literal[
     "too few labelled latents",
 ]
 Lean = Literal["tuned", "base"]
+# what each word says, for a reader who sees no more than the word; {tau} in nats
+MEANINGS: dict[Word, str] = {
+    "confirmed": "behaviour changed by {tau} nats or more, and what comes about up to the layer and what runs through "
+    "the latents has the same sign, in the crosscoder of every seed",
+    "suggestive": "behaviour changed by {tau} nats or more, but this layer or these latents do not show it; the reason "
+    "stands beside it",
+    "no change": "behaviour changed by less than {tau} nats, or by nothing that can be told from chance",
+    "composition only": "behaviour did not change, though the labelled latents lean to one of the models",
+    "neither has it": "even the better model predicts this text no better than the frequencies of its tokens do, so "
+    "that the numbers of the row, however large, say nothing of a capability",
+    "cancelled later": "behaviour did not change, though up to this layer it did: later layers make up for it",
+    "both directions": "behaviour changed; up to this layer and through the latents the change has the other sign",
+    "cannot tell": "too few documents, or too wide an interval",
+}
+REASONS: dict[Reason, str] = {
+    "not held by the latents": "the change comes about up to this layer, but the crosscoder's error holds it and not "
+    "its latents",
+    "by a mean shift": "it runs through a shift that all tokens have alike, and through no latents",
+    "not by this layer": "it comes about in later layers",
+    "inside: cannot tell": "whether it runs through this layer and its latents cannot be told from chance",
+    "too few documents": "fewer than eight documents",
+    "too few traced documents": "fewer than eight documents were traced to the latents (--documents of attribute)",
+    "interval too wide": "the documents differ so much that more of them are needed",
+    "too few labelled latents": "fewer than five latents have this category's label",
+}
 
 
 class _Model(BaseModel):
@@ -161,6 +186,14 @@ def facts(file: VerdictFile) -> dict[str, Any]:
         for row in comparison.rows
     ]
     return found
+
+
+def meanings(file: VerdictFile) -> list[tuple[str, str]]:
+    """The words of a file's rows and reasons, each once and with what it says."""
+    rows = [row for comparison in file.comparisons if comparison.state == "checked" for row in comparison.rows]
+    used = {row.verdict for row in rows} | {row.reason for row in rows}
+    said: list[tuple[str, str]] = [*MEANINGS.items(), *REASONS.items()]
+    return [(word, says.format(tau=f"{file.tau:g}")) for word, says in said if word in used]
 
 
 def words(row: Verdict) -> str:

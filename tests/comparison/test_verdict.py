@@ -162,6 +162,23 @@ def test_sentences_name_what_is_confirmed_first_and_no_q():
     assert sentences(nothing, tuned="it", tau=TAU)[0].startswith("No category changed by 0.05 nats")
 
 
+def test_what_neither_model_has_is_named_and_is_no_answer_where_there_is_nothing_else():
+    nobodys, same = made(category="n", B=3.0, better=4.99), made(category="s", B=0.0, L=0.0, latents=0.0, offset=0.0)
+
+    def said(*items):
+        rows = decide(list(items), tau=TAU)
+        assert [row.verdict for row in rows if row.category == "n"] == ["neither has it"]
+        return sentences(rows, tuned="it", tau=TAU)
+
+    poorly = "neither model predicts better than the frequencies of single tokens do."
+    assert said(nobodys) == [f"Nothing can be said of what was gained or lost in n, which {poorly}"]
+    assert said(nobodys, made(category="e", n=3))[0].startswith("Nothing can be said")
+    assert said(nobodys, same) == [
+        "No other category changed by 0.05 nats per scored token or more.", f"Left out is n, which {poorly}"
+    ]  # fmt: skip
+    assert said(made(category="a"), nobodys) == ["Confirmed: it gained a.", f"Left out is n, which {poorly}"]
+
+
 def test_top_latents_are_those_in_the_direction_of_the_change():
     nats = np.array([[0.1, -0.5, 0.3], [0.2, 0.0, -0.1]])
     assert [(t.seed, t.latent) for t in top_latents(nats, [3, 4], 1, 3)] == [(3, 2), (4, 0), (3, 0)]

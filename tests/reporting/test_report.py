@@ -25,7 +25,9 @@ from fastdiff import rundir
 from fastdiff.errors import InputError, LockedError
 from fastdiff.reporting.builder import build_report
 from fastdiff.reporting.charts import forest_limit
+from fastdiff.reporting.tables import scale
 from fastdiff.reporting.text import csv_cell, fixed, number, probability, short_name, visible
+from fastdiff.results.verdict import Verdict
 
 
 class Page(HTMLParser):
@@ -179,7 +181,7 @@ def test_what_cannot_be_trusted_is_said(run: Path, make_pair: Callable[..., Path
     checks = {check["name"]: check["state"] for check in trusted["checks"]}
     assert trusted["state"] == checks["reconstruction"] == "poor"
     assert checks["splice"] == checks["sinks"] == checks["null"] == "not checked"
-    assert "45 of 60 (of all 200 of 390)" in html and "latents are specific to" not in html
+    assert "45 of 60</dd>" in html and "200 of 390</dd>" in html and "latents are specific to" not in html
     few = build_report(make_pair(tmp_path / "run", sizes=(100, 20, 2, 9))).read_text()
     assert "Only 10 latents are specific to tuned" in few
 
@@ -233,6 +235,27 @@ def test_the_first_table_has_every_row_of_the_verdict(make_pair: Callable[..., P
             wanted = f'<a href="#latent={latent}" title="{sign}0.0{5 - k}0 nats; {title}">{latent}</a>'
             assert wanted in first
     assert "The latents are those of crosscoder seed 0, which was analysed." in first
+
+
+def test_every_word_of_a_verdict_is_explained_and_how_much_the_latents_hold_is_said(run: Path) -> None:
+    html = (run / "report/report.html").read_text()
+    words = html[html.index("What the words mean") : html.index('id="trust"')]
+    for word in ("confirmed", "suggestive", "no change", "by a mean shift"):
+        assert f"<dt>{word}</dt>" in words
+    assert "neither has it" not in words and "changed by 0.05 nats or more" in words
+    assert "Of the confirmed changes 100 % comes about up to this layer" in html and "no text was generated" in html
+
+
+def test_what_neither_model_has_does_not_squeeze_the_other_rows() -> None:
+    tested = {"mean": -13.0, "low": -14.0, "high": -12.0, "p": 0.0, "q": 0.0}
+    small = {name: value / 10 for name, value in tested.items()}
+    rows = [
+        Verdict.model_validate(
+            {"category": "n", "change": "none", "verdict": "neither has it", "B": tested, "V": tested}
+        ),
+        Verdict.model_validate({"category": "a", "change": "lost", "verdict": "confirmed", "B": small, "V": small}),
+    ]
+    assert scale(rows) == 2 and scale(rows[:1]) == 20
 
 
 def test_report_json_has_the_latents_of_each_row_with_their_measures(run: Path) -> None:

@@ -183,7 +183,7 @@ def test_filters_search_and_sort(browser: Browser, page: Path) -> None:
     sides = "[...document.querySelectorAll('.card .side')].map((e) => e.textContent)"
     assert set(browser.js(sides)) == {"◇ specific to base"}
     browser.js(f"({change})('f-side', '')")
-    browser.js(f"({change})('f-sort', '5')")
+    browser.js(f"({change})('f-sort', '6')")
     numbers = "[...document.querySelectorAll('.card .number')].map((e) => e.textContent)"
     assert browser.js(numbers) == [f"Latent {i}" for i in range(20)]
     browser.js("document.getElementById('p-next').click()")
