@@ -405,7 +405,7 @@ def sentences(verdicts: Sequence[Verdict], *, tuned: str, tau: float) -> list[st
     if nobodys and len(nobodys) + len(open_rows) == len(verdicts):
         found.append(f"Nothing can be said of what was gained or lost in {_listed(nobodys)}, which {poorly}.")
     elif nobodys:
-        found.append(f"Left out is {_listed(nobodys)}, which {poorly}.")
+        found.append(f"Nothing can be said of {_listed(nobodys)}, which {poorly}.")
     if open_rows:
         needed = [v.documents_needed for v in open_rows if v.documents_needed is not None]
         remedy = f"; about {max(needed)} documents of each would probably decide that" if needed else ""

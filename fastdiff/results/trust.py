@@ -225,10 +225,11 @@ def _seeds(run: str, store: str, crosscoders: dict[int, dict[str, Any]], analysi
         return Check(name="seeds", state="poor", says=says, remedy=more)
     says = f"{n} crosscoders were trained, and a change is confirmed only where the latents of each have its sign."
     if analysis is not None and (of := analysis.get("stability")) is not None and of["exclusive"]:
-        again = f"{of['exclusive_stable']:,}" if of["exclusive_stable"] else "none"
+        n = of["exclusive_stable"]
+        again = "none comes" if not n else "one comes" if n == 1 else f"{n:,} come"
         says += (
-            f" Of the {of['exclusive']:,} latents that only one of the models has, {again} was found in the others "
-            "too: a single latent is what one crosscoder made of the text."
+            f" Of the {of['exclusive']:,} latents that only one of the models has, {again} back in the others: "
+            "a single latent is what one crosscoder made of the text."
         )
     return Check(name="seeds", state="fine", says=says)
 

@@ -174,9 +174,9 @@ def test_what_neither_model_has_is_named_and_is_no_answer_where_there_is_nothing
     assert said(nobodys) == [f"Nothing can be said of what was gained or lost in n, which {poorly}"]
     assert said(nobodys, made(category="e", n=3))[0].startswith("Nothing can be said")
     assert said(nobodys, same) == [
-        "No other category changed by 0.05 nats per scored token or more.", f"Left out is n, which {poorly}"
+        "No other category changed by 0.05 nats per scored token or more.", f"Nothing can be said of n, which {poorly}"
     ]  # fmt: skip
-    assert said(made(category="a"), nobodys) == ["Confirmed: it gained a.", f"Left out is n, which {poorly}"]
+    assert said(made(category="a"), nobodys) == ["Confirmed: it gained a.", f"Nothing can be said of n, which {poorly}"]
 
 
 def test_top_latents_are_those_in_the_direction_of_the_change():

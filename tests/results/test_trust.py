@@ -109,7 +109,7 @@ def test_seeds(tmp_path: Path, n, state) -> None:
     write_analysis(tmp_path, stability={"exclusive": 60, "exclusive_stable": 45})
     found = check(tmp_path, "seeds")
     assert found.state == state
-    assert (state == "fine") == ("60 latents that only one of the models has, 45 was found" in found.says)
+    assert (state == "fine") == ("60 latents that only one of the models has, 45 come back" in found.says)
     if state != "fine":
         assert found.remedy == (
             f"fastdiff train STORE -o {tmp_path} --seeds 0,1,2, then fastdiff attribute {tmp_path}, then "
