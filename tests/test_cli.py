@@ -293,6 +293,7 @@ class TestRefusals:
         err = capsys.readouterr().err
         assert ended.value.code == code and "Traceback" not in err and err.strip().count("\n") == 0
 
+    @pytest.mark.slow
     def test_a_locked_directory_and_the_installed_command(self, tmp_path):
         with rundir.locked(tmp_path / "run"):
             done = subprocess.run([FASTDIFF, "annotate", tmp_path / "run"], capture_output=True, text=True, timeout=60)

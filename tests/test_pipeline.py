@@ -102,6 +102,7 @@ def test_from_text_to_report_and_back_over_what_is_done(inputs, tmp_path):
     assert {stage: (run / stage / "DONE.json").stat().st_mtime_ns for stage in stages} == stamps
 
 
+@pytest.mark.slow
 def test_a_stage_given_again_keeps_its_options_and_what_is_older_than_it_is_named(inputs, tmp_path, capsys):
     run = tmp_path / "run"
     config = config_file(tmp_path / "run.yaml", inputs)
@@ -165,6 +166,7 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_extracted(inputs, 
     assert not (tmp_path / "run" / "acts").exists()
 
 
+@pytest.mark.slow
 def test_the_everyday_road_command_by_command_and_a_triangle(inputs, tmp_path):
     for name in ("tuned", "other"):
         store, run = tmp_path / f"acts-{name}", tmp_path / name

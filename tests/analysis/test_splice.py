@@ -259,6 +259,7 @@ def stored_rows(store: ActivationStore):
     return lambda i: store.rows(usable[numbers[usable] == i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "hook"), PLACES)
 def test_figures_are_those_of_a_plain_hook_in_float64(root, stores, kind, hook):
     store = stores(kind, hook=hook)

@@ -342,6 +342,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_that_names_model_and_category
     assert hashes(run) == before
 
 
+@pytest.mark.slow
 def test_three_models_and_which_of_them_is_tuned(inputs, runs, tmp_path):
     pair, _ = runs(keep_bos=True)
     other = make_store(inputs, tmp_path / "third", tuned="third", keep_bos=True)

@@ -32,6 +32,7 @@ class Counted:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "repeats"), [(0.0, True), (1.0, False)])
 def test_repeats_are_compared_bit_by_bit(shift, repeats):
     Counted.built, made = 0, []

@@ -100,6 +100,7 @@ def test_any_tile_gives_the_same_product(dtype):
         assert torch.equal(out, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_as_one_graph(backend):
     x, W_enc, b_enc = (randn(*shape, seed=1, dtype=torch.float32) for shape in ((5, 6), (9, 6), (9,)))

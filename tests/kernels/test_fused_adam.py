@@ -159,6 +159,7 @@ def test_bfloat16_moments_are_rounded_by_philox(M, D, seed, step):
         torch.testing.assert_close(getattr(state, name), getattr(single, name), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_rounding_is_unbiased_and_differs_by_tensor_step_and_seed():
     problem = Problem(2, 70)
     problem.f[:] = 0

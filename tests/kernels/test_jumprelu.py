@@ -61,6 +61,7 @@ def test_the_kernel_rounds_no_worse_than_torch(dtype):
         assert_no_worse(mine[clear], simple[clear], true[clear], tol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_as_one_graph(backend):
     z, theta = Z.clone().requires_grad_(), torch.full_like(Z, THETA, requires_grad=True)

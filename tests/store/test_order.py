@@ -70,6 +70,7 @@ def test_ranks_are_disjoint_and_cover_every_epoch(n: int, world: int) -> None:
             assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(n))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     n=st.integers(1, 5000),
