@@ -20,7 +20,7 @@ import fastdiff
 from fastdiff.cli_options import (
     DIRECTORY,
     EXISTING,
-    EXISTING_DIRECTORY,
+    RUN,
     StageCommand,
     configured,
     print_result,
@@ -144,7 +144,7 @@ def train(
 
 
 @cli.command(cls=StageCommand)
-@click.argument("run", type=EXISTING_DIRECTORY)
+@click.argument("run", type=RUN)
 @click.option("--store", type=EXISTING, help="The store, if it has moved since training.")
 @configured
 def attribute(
@@ -171,7 +171,7 @@ def attribute(
 
 
 @cli.command(cls=StageCommand)
-@click.argument("run", type=EXISTING_DIRECTORY)
+@click.argument("run", type=RUN)
 @click.option("--store", type=EXISTING, help="The store, if it has moved since training.")
 @configured
 def analyze(
@@ -201,7 +201,7 @@ def analyze(
 
 
 @cli.command(cls=StageCommand)
-@click.argument("run", type=EXISTING_DIRECTORY)
+@click.argument("run", type=RUN)
 @configured
 def annotate(
     run: Path, config_file: Path | None, settings: tuple[str, ...], as_json: bool, quiet: bool, progress_mode: Any,
@@ -223,7 +223,7 @@ def annotate(
 
 
 @cli.command(cls=StageCommand)
-@click.argument("runs", nargs=-1, required=True, type=EXISTING_DIRECTORY)
+@click.argument("runs", nargs=-1, required=True, type=RUN)
 @click.option("-o", "--out", type=DIRECTORY, help="Where two runs are compared; one run is compared in place.")
 @configured
 def compare(
@@ -280,7 +280,7 @@ def _trust(run: Path, names: "Sequence[Name]", progress: "Progress") -> list[dic
 
 
 @cli.command()
-@click.argument("directory", type=EXISTING_DIRECTORY)
+@click.argument("directory", type=RUN)
 @shared
 def report(directory: Path, as_json: bool, quiet: bool, progress_mode: Any) -> None:
     """Write the one-file HTML report of a run or a comparison.

@@ -33,7 +33,20 @@ class Existing(click.Path):
         return path
 
 
-EXISTING_DIRECTORY = Existing(file_okay=False)
+class Run(Existing):
+    """A directory in which there is a run, or a comparison of two; a store is a frequent mistake for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        from fastdiff.errors import InputError
+
+        path = super().convert(value, param, ctx)
+        if (path / "store.json").exists() and not (path / "crosscoder").exists():
+            raise InputError(f"{path}: is a store and no run; `fastdiff train {path} -o RUN` makes one of it")
+        return path
+
+
+RUN = Run(file_okay=False)
 EXISTING = Existing()
 
 

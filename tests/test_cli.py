@@ -243,6 +243,12 @@ class TestRefusals:
         self.refuse(fastdiff("train", tmp_path / "acts", "-o", tmp_path / "run", "-c", file), 2, says)
         assert trained == []
 
+    @pytest.mark.parametrize("command", ["attribute", "analyze", "annotate", "compare", "report"])
+    def test_a_store_where_a_run_is_wanted(self, fastdiff, tmp_path, command):
+        rundir.write_json(tmp_path / "acts" / "store.json", {})
+        said = f"{tmp_path / 'acts'}: is a store and no run; `fastdiff train {tmp_path / 'acts'} -o RUN` makes one"
+        self.refuse(fastdiff(command, tmp_path / "acts"), 3, said)
+
     def test_a_missing_path_or_argument(self, fastdiff, tmp_path):
         self.refuse(fastdiff("train", tmp_path / "nowhere", "-o", tmp_path / "run"), 3, "nowhere: no such file")
         self.refuse(fastdiff("train"), 2, "STORE")
