@@ -12,6 +12,7 @@ Each is *fine*, *poor*, or *not checked* with the command that would check it. W
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -101,7 +102,7 @@ def run_checks(run: Path, names: Sequence[Name], called: str | None = None) -> l
     """
     # what is called by a name may lie anywhere, and so may its store
     store = "STORE" if called else _store(run)
-    crosscoders, analysis, called = _crosscoders(run), None, called or str(run)
+    crosscoders, analysis, called = _crosscoders(run), None, called or shlex.quote(str(run))
     if (run / "analysis" / DONE).exists():
         analysis = read_analysis_summary(run)
     found = {
@@ -128,7 +129,7 @@ def compared(runs: Mapping[str, Path], verdict: VerdictFile, *, by_name: bool = 
     """
     found = []
     for comparison in verdict.comparisons:
-        called = [name if by_name else str(runs[name]) for name in comparison.runs]
+        called = [shlex.quote(name if by_name else str(runs[name])) for name in comparison.runs]
         lost = [name for run in comparison.runs for name in _none_long_enough(runs[run])]
         own = [_null(called, comparison, verdict), _power(called, comparison, list(dict.fromkeys(lost)))]
         if comparison.kind == "pair":
@@ -141,7 +142,7 @@ def _store(run: Path) -> str:
     """The store that the run was trained on, as a command names it."""
     if not (run / MANIFEST).exists():
         return "STORE"
-    return str(read_manifest(run)["stages"].get("train", {}).get("store", "STORE"))
+    return shlex.quote(str(read_manifest(run)["stages"].get("train", {}).get("store", "STORE")))
 
 
 def _again(command: str, run: str) -> str:

@@ -123,6 +123,10 @@ def test_a_command_names_the_store_that_the_run_was_trained_on(tmp_path: Path) -
     assert "fastdiff train /data/acts -o" in str(check(tmp_path, "sinks").remedy)
     (by_name,) = run_checks(tmp_path, ["sinks"], called="it")
     assert "fastdiff train STORE -o it" in str(by_name.remedy)
+    # as a shell takes it
+    (tmp_path / "two words").mkdir()
+    (quoted,) = run_checks(tmp_path / "two words", ["splice"])
+    assert str(quoted.remedy).startswith(f"fastdiff analyze '{tmp_path}/two words' --splice")
 
 
 def test_latents_that_no_text_makes_fire_ask_for_no_more_latents(tmp_path: Path) -> None:
@@ -204,7 +208,7 @@ def test_the_command_for_a_null_calls_the_runs_by_their_paths(tmp_path: Path) ->
     two = of_two.comparisons[0].model_copy(update={"kind": "difference", "runs": ["a", "b"]})
     (trusted,) = compared(runs, of_two.model_copy(update={"comparisons": [two]}))
     null = next(check for check in trusted.checks if check.name == "null")
-    assert str(null.remedy).endswith(f"fastdiff compare {runs['a']} {runs['b']} -o OUT --null THAT_RUN")
+    assert str(null.remedy).endswith(f"fastdiff compare '{runs['a']}' {runs['b']} -o OUT --null THAT_RUN")
     (trusted,) = compared(runs, of_two.model_copy(update={"comparisons": [two]}), by_name=True)
     assert str(trusted.checks[0].remedy).endswith("fastdiff compare a b -o OUT --null THAT_RUN")
 
