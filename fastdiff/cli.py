@@ -126,8 +126,7 @@ def train(
     from fastdiff.results.trust import TRAINED
 
     progress = progress_of(progress_mode, quiet)
-    last = None if overwrite else (first_crosscoder(out), progress)
-    config = resolve(TrainConfig, "train", config_file, settings, given, last=last)
+    config = resolve(TrainConfig, "train", config_file, settings, given, last=(first_crosscoder(out), progress))
     directories = train_seeds(store, out, config, progress, resume=resume, overwrite=overwrite)
     # what training found; a crosscoder of a version before it says nothing
     left_out = read_config(directories[0]).get("left_out")

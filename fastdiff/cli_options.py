@@ -65,7 +65,7 @@ class StageCommand(click.Command):
             self._complete = True
             model = _model(str(self.name))
             fields = model.model_fields.items()
-            self.params += [_option(model, name) for name, field in fields if not _of_run(field)]
+            self.params += [_option(model, name) for name, field in fields if not _says(field, "of_run")]
         return super().get_params(ctx)
 
 
@@ -76,9 +76,9 @@ def _model(stage: str) -> "type[StageConfig]":
     return found
 
 
-def _of_run(field: "FieldInfo") -> bool:
-    """Whether a field says if `fastdiff run` takes the stage, which the stage's own command does not ask."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("of_run"))
+def _says(field: "FieldInfo", mark: str) -> bool:
+    """Whether a field is marked so: `of_run` if it says whether `fastdiff run` takes the stage, or `derived`."""
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get(mark))
 
 
 def _as_given(model: "type[Stage]", name: str, value: Any) -> str:
@@ -156,6 +156,7 @@ def replacing(command: Command) -> Command:
 
 def remembered(directory: Path, model: "type[Stage]") -> dict[str, Any]:
     """What of `model` the result in `directory` was made with and is not the default; nothing where there is none."""
+    from fastdiff.config import validated
     from fastdiff.errors import InputError
     from fastdiff.rundir import DONE, read_mark
 
@@ -168,7 +169,13 @@ def remembered(directory: Path, model: "type[Stage]") -> dict[str, Any]:
     defaults = {name: field.get_default() for name, field in model.model_fields.items()}
     # JSON has lists where fields have tuples
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    return {name: value for name, value in settings.items() if name in plain and value != plain[name]}
+    kept = {name: value for name, value in settings.items() if name in plain and value != plain[name]}
+    derived = [name for name in kept if _says(model.model_fields[name], "derived")]
+    if derived:
+        # what follows from the other fields follows from them again, also where one of them is now given
+        follows = validated(model, {name: value for name, value in kept.items() if name not in derived})
+        kept = {name: value for name, value in kept.items() if name not in derived or getattr(follows, name) != value}
+    return kept
 
 
 def resolve(

@@ -465,6 +465,7 @@ def _problem(model: type[StageConfig], path: tuple[str, ...], item: Any, what: s
         "string_type": "must be text",
         "list_type": "must be a list",
         "model_type": "must hold KEY: VALUE lines",
+        "invalid_key": "a field's name must be text (the field for --null is null_run)",
     }.get(kind)
     message = says.format(**limits) if says else item["msg"].removeprefix("Value error, ")
     # a whole section is no help in one line

@@ -132,6 +132,11 @@ def test_a_stage_given_again_keeps_its_options_and_what_is_older_than_it_is_name
     assert command("train", store, "-o", run, "--seeds", "3,4")[0] == 0
     assert settings("crosscoder/seed-4") == settings("crosscoder/seed-3") | {"seed": 4}
 
+    # what follows from the steps follows from those that are given now
+    code, said = command("train", store, "-o", run, "--seed", 3, "--steps", 40, "--overwrite")
+    assert code == 0 and "--warmup-steps" not in said.err and settings("crosscoder/seed-3")["warmup_steps"] == 4
+    assert settings("crosscoder/seed-3")["dict_size"] == 48
+
     # another option beside those of the last time; verify says which results it made old, before compare refuses
     assert command("analyze", run, "--examples", 3)[0] == 0
     assert (settings("analysis")["cards"], settings("analysis")["examples"]) == (7, 3)

@@ -143,7 +143,8 @@ def _null_inputs(null: str) -> dict[str, str]:
     """
     run = Path(null)
     if not null or not (run / "crosscoder").is_dir():
-        raise InputError(f"--null {null!r}: no run that `fastdiff train` made")
+        without = "give another, or compare without one by --set null_run=null"
+        raise InputError(f"--null {null!r}: no run that `fastdiff train` made; {without}")
     found = attribution_inputs(run)
     if not found:
         raise InputError(f"--null {null}: has no attribution; run `fastdiff attribute {null}` first")

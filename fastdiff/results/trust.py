@@ -197,7 +197,7 @@ def _sinks(run: str, store: str, crosscoders: dict[int, dict[str, Any]], analysi
             name="sinks",
             state="not checked",
             says=says,
-            remedy=f"train again with this version: {_again(f'fastdiff train {store} -o {run} --overwrite', run)}",
+            remedy=f"train again with this version: fastdiff train {store} -o NEW_RUN -c {run}/fastdiff.yaml",
         )
     facts = made[0]["left_out"]
     if not facts["max_norm"]:

@@ -120,8 +120,8 @@ def test_seeds(tmp_path: Path, n, state) -> None:
 def test_a_command_names_the_store_that_the_run_was_trained_on(tmp_path: Path) -> None:
     manifest = {"schema": rundir.MANIFEST_SCHEMA, "stages": {"train": {"store": "/data/acts"}}}
     rundir.write_json(tmp_path / "manifest.json", manifest)
-    assert "fastdiff train /data/acts -o" in str(check(tmp_path, "sinks").remedy)
-    (by_name,) = run_checks(tmp_path, ["sinks"], called="it")
+    assert "fastdiff train /data/acts -o" in str(check(tmp_path, "seeds").remedy)
+    (by_name,) = run_checks(tmp_path, ["seeds"], called="it")
     assert "fastdiff train STORE -o it" in str(by_name.remedy)
     # as a shell takes it
     (tmp_path / "two words").mkdir()
