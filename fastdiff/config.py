@@ -87,7 +87,11 @@ class ExtractConfig(StageConfig):
         description="Leave rows out of use (not out of the store) whose norm is over so many times the median, and "
         "position 0 without BOS; unless given, 6 for mlp_out and attn_out. 0: none.",
     )
-    dtype: Dtype = Field("auto", description="Precision of the forward pass; auto is the model's own.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Precision of the forward pass, one for all models; auto is bfloat16 on CUDA, else the widest that "
+        "one of them was saved in.",
+    )
     store_dtype: StoreDtype = Field("bfloat16", description="Precision on disk.")
     shard_rows: PositiveInt = Field(1_000_000, description="Rows in one shard file.")
     device: str = Field("auto", description="cuda, cuda:1, cpu or auto.")

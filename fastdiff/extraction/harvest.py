@@ -33,6 +33,7 @@ from fastdiff.extraction.models import (
     describe,
     layer_index,
     load,
+    one_dtype,
     quiet,
     truncate,
     weights_sha256,
@@ -66,12 +67,6 @@ from fastdiff.rundir import canonical_json, locked, sha256_file, sha256_text, ve
 from fastdiff.store.format import VOCABULARY_FILE
 from fastdiff.store.reader import ActivationStore
 from fastdiff.store.writer import StoreWriter
-
-_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def extract(
@@ -146,15 +141,20 @@ class _Plan:
     """All that is known before the weights are loaded."""
 
     sources: list[ModelSource]
+    dtype: torch.dtype  # of all forward passes
     layers: list[int]
     tokenizer: Any
     encoded: Encoded
     meta: dict[str, Any]
 
 
-def _plan(config: ExtractConfig, progress: Progress) -> _Plan:
+def _plan(config: ExtractConfig, device: torch.device, progress: Progress) -> _Plan:
     sources = [describe(config.base), describe(config.tuned)]
     base, tuned = sources
+    dtype = one_dtype(config.dtype, sources, device)
+    if any(source.saved != dtype for source in sources):
+        saved = ", ".join(f"{source.name} was saved in {_name(source.saved)}" for source in sources)
+        progress.say(f"extract: both models run in {_name(dtype)}; {saved}")
     if base.d_model != tuned.d_model:
         raise InputError(
             f"{base.name} has width {base.d_model} and {tuned.name} has width {tuned.d_model}; "
@@ -169,20 +169,24 @@ def _plan(config: ExtractConfig, progress: Progress) -> _Plan:
         _report(encoded, encoder, corpus, config, progress)
         for source in sources:
             _check_fits(source, encoded)
-        return _Plan(sources, layers, tokenizer, encoded, _meta(config, sources, layers, encoder, encoded, corpus))
+        return _Plan(
+            sources, dtype, layers, tokenizer, encoded, _meta(config, sources, layers, encoder, encoded, corpus)
+        )
 
 
 def _harvest(config: ExtractConfig, out: Path, progress: Progress, resume: bool) -> None:
     device = resolve_device(config.device)
     with quiet(), ExitStack() as stack:
-        plan = _plan(config, progress)
-        models = [_load(source, config, layer, device) for source, layer in zip(plan.sources, plan.layers, strict=True)]
+        plan = _plan(config, device, progress)
+        models = [
+            _load(source, plan.dtype, layer, device) for source, layer in zip(plan.sources, plan.layers, strict=True)
+        ]
         captured = [
             stack.enter_context(capture(model, layer, config.hook))
             for model, layer in zip(models, plan.layers, strict=True)
         ]
         for info, model in zip(plan.meta["models"], models, strict=True):
-            info["dtype"] = str(model.dtype).removeprefix("torch.")
+            info["dtype"] = _name(model.dtype)
         if resume:
             require_continuation(out, plan.meta)
         else:
@@ -259,9 +263,13 @@ def _resumed_at(sequences: Sequence[TokenSequence], batch_size: int, n_rows: int
     return first
 
 
-def _load(source: ModelSource, config: ExtractConfig, layer: int, device: torch.device) -> PreTrainedModel:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load(source: ModelSource, dtype: torch.dtype, layer: int, device: torch.device) -> PreTrainedModel:
     # cut first: the device never holds what is above the layer
-    model: Any = truncate(load(source.name, _DTYPES.get(config.dtype, "auto")), layer)
+    model: Any = truncate(load(source.name, dtype), layer)
     try:
         return model.to(device)
     except torch.OutOfMemoryError as error:
@@ -287,11 +295,7 @@ def _forward(
     for model, activation in zip(models, captured, strict=True):
         model(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
         parts.append(activation.take()[where].cpu())
-    # two models saved in different types meet in the wider one; the store rounds once, from there
-    dtype = parts[0].dtype
-    for part in parts:
-        dtype = torch.promote_types(dtype, part.dtype)
-    return torch.stack([part.to(dtype) for part in parts], dim=1)
+    return torch.stack(parts, dim=1)
 
 
 def _stored(batch: Sequence[TokenSequence], shape: tuple[int, ...]) -> NDArray[np.bool_]:

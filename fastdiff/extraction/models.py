@@ -15,21 +15,23 @@ in silence, so eager is asked for.
 Weights are read from safetensors only and no code of a model repository is run.
 """
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from fastdiff.errors import InputError, OptionError
 from fastdiff.rundir import canonical_json, sha256_file, sha256_text
+from fastdiff.store.format import TORCH_DTYPES
 
 Hook = Literal["resid_post", "mlp_out", "attn_out"]
 
@@ -45,6 +47,7 @@ class ModelSource:
     name: str
     config: PreTrainedConfig
     revision: str | None
+    saved: torch.dtype  # what its weights were saved in
 
     @property
     def n_layers(self) -> int:
@@ -98,7 +101,45 @@ def describe(name_or_path: str) -> ModelSource:
     for field in ("num_hidden_layers", "hidden_size"):
         if not isinstance(getattr(text_config, field, None), int):
             raise InputError(f"{name_or_path}: its configuration ({config.model_type}) has no {field}")
-    return ModelSource(name_or_path, text_config, getattr(config, "_commit_hash", None))
+    saved = getattr(text_config, "dtype", None) or getattr(config, "dtype", None) or _first_dtype(name_or_path)
+    return ModelSource(name_or_path, text_config, getattr(config, "_commit_hash", None), saved)
+
+
+def _first_dtype(name_or_path: str) -> torch.dtype:
+    """What a local model's first weight is saved in, where its configuration does not say; else float32."""
+    for file in sorted(Path(name_or_path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118  it is no dictionary
+                    found: torch.dtype = weights.get_tensor(name).dtype
+                    if found.is_floating_point:
+                        return found
+        except (SafetensorError, OSError):
+            break  # loading says what is wrong
+    return torch.float32
+
+
+def one_dtype(wanted: str, sources: Sequence[ModelSource], device: torch.device) -> torch.dtype:
+    """The precision in which all models run: the same weights, each in the type it was saved in, differ by 0.6 %.
+
+    Args:
+        wanted: float32, bfloat16, float16 or auto: bfloat16 on CUDA; elsewhere the widest that a model was saved in,
+            for widening loses nothing, but never float16, which CPUs hardly compute in.
+        sources: The models.
+        device: Where they run.
+
+    Raises:
+        OptionError: float16 is wanted of a model that is known to overflow it.
+    """
+    if wanted == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16
+        widest = functools.reduce(torch.promote_types, [source.saved for source in sources])
+        return torch.float32 if widest == torch.float16 else widest
+    overflowing = [source.name for source in sources if source.config.model_type.startswith("gemma")]
+    if wanted == "float16" and overflowing:
+        raise OptionError(f"--dtype float16: the activations of {overflowing[0]} (Gemma) overflow it; use bfloat16")
+    return TORCH_DTYPES[wanted]
 
 
 def weights_sha256(name_or_path: str) -> str | None:

@@ -283,17 +283,24 @@ def test_metadata_says_what_was_extracted(pairs, texts, tmp_path) -> None:
     assert "--seed" not in line
 
 
-def test_models_of_two_precisions_meet_in_the_wider(pairs, texts, tmp_path) -> None:
+def test_a_pair_saved_in_two_precisions_runs_in_one_and_says_so(pairs, texts, tmp_path) -> None:
+    # one set of weights, saved in bfloat16 and widened: nothing differs, where each in its own type differed by 0.6 %
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(pairs["llama"][1], dtype=torch.bfloat16)
-        model.save_pretrained(tmp_path / "half")
-        make_tokenizer().save_pretrained(tmp_path / "half")
-    pair = (pairs["llama"][0], str(tmp_path / "half"))
-    with ActivationStore(extract(configured(pair, texts, dtype="auto"), tmp_path / "acts")) as store:
-        assert [model.dtype for model in store.meta.models] == ["float32", "bfloat16"]
+        for name, dtype in (("half", torch.bfloat16), ("whole", torch.float32)):
+            model.to(dtype).save_pretrained(tmp_path / name)
+            make_tokenizer().save_pretrained(tmp_path / name)
+    heard = Heard()
+    pair = (str(tmp_path / "half"), str(tmp_path / "whole"))
+    with ActivationStore(extract(configured(pair, texts, dtype="auto"), tmp_path / "acts", heard)) as store:
+        assert [model.dtype for model in store.meta.models] == ["float32", "float32"]
         rows = store.slice(0, store.n_rows)
-        assert torch.equal(rows[:, 1], rows[:, 1].bfloat16().float())
-        assert not torch.equal(rows[:, 0], rows[:, 0].bfloat16().float())
+        assert torch.equal(rows[:, 0], rows[:, 1]) and not torch.equal(rows, rows.bfloat16().float())
+    said = f"both models run in float32; {pair[0]} was saved in bfloat16, {pair[1]} was saved in float32"
+    assert any(said in line for line in heard.lines)
+    heard = Heard()
+    extract(configured(pairs["llama"], texts, dtype="auto"), tmp_path / "alike", heard)
+    assert not any("both models run" in line for line in heard.lines)
 
 
 def test_base_without_a_tokenizer_borrows_the_tuned_one_and_says_so(pairs, texts, tmp_path) -> None:

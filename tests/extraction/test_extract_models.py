@@ -1,3 +1,4 @@
+import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,11 +24,13 @@ from transformers.utils import logging as hf_logging
 
 from fastdiff.errors import InputError, OptionError
 from fastdiff.extraction.models import (
+    ModelSource,
     capture,
     describe,
     find_layers,
     layer_index,
     load,
+    one_dtype,
     quiet,
     truncate,
     weights_sha256,
@@ -315,6 +318,42 @@ def test_dtype_is_that_of_the_model_or_the_one_asked_for(tmp_path) -> None:
     path = make(CONFIGS["llama"](), tmp_path / "bf16", torch.bfloat16)
     assert load(str(path)).dtype == torch.bfloat16
     assert load(str(path), torch.float32).dtype == torch.float32
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "device", "wanted", "dtype"),
+    [
+        ((torch.bfloat16, torch.bfloat16), CPU, "auto", torch.bfloat16),
+        ((torch.bfloat16, torch.float32), CPU, "auto", torch.float32),
+        # neither holds the other's digits
+        ((torch.bfloat16, torch.float16), CPU, "auto", torch.float32),
+        ((torch.float16, torch.float16), CPU, "auto", torch.float32),
+        ((torch.float32, torch.float32), CUDA, "auto", torch.bfloat16),
+        ((torch.float32, torch.bfloat16), CUDA, "float32", torch.float32),
+        ((torch.float32, torch.bfloat16), CPU, "float16", torch.float16),
+    ],
+)
+def test_all_models_run_in_one_precision(saved, device, wanted, dtype) -> None:
+    sources = [ModelSource(f"m{i}", CONFIGS["llama"](), None, one) for i, one in enumerate(saved)]
+    assert one_dtype(wanted, sources, device) == dtype
+
+
+def test_float16_is_refused_where_it_overflows() -> None:
+    sources = [ModelSource(kind, CONFIGS[kind](), None, torch.bfloat16) for kind in ("llama", "gemma2")]
+    with pytest.raises(OptionError, match=r"gemma2 .* use bfloat16"):
+        one_dtype("float16", sources, CUDA)
+
+
+def test_what_weights_were_saved_in_is_known_without_the_configuration(tmp_path) -> None:
+    path = make(CONFIGS["llama"](), tmp_path / "bf16", torch.bfloat16)
+    assert describe(str(path)).saved == torch.bfloat16
+    config = json.loads((path / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (path / "config.json").write_text(json.dumps(config))
+    assert describe(str(path)).saved == torch.bfloat16
 
 
 def test_loading_is_silent_and_restores_verbosity(paths, capfd) -> None:

@@ -151,7 +151,9 @@ def write_analysis(
         "n_tokens": 1_000_000,
         "dict_size": len(rows),
         "k": 100,
-        "models": [{"name": name, "layer": 13, "hook": "resid_post", "revision": None} for name in models],
+        "models": [
+            {"name": name, "layer": 13, "hook": "resid_post", "revision": None, "dtype": "bfloat16"} for name in models
+        ],
         "classes": {name: classes.count(name) for name in ("tuned_only", "base_only", "shared", "other")},
         "specific": {side: specific.count(side) for side in ("base", "tuned")},
         "never_fired": sum(row["count"] == 0 for row in rows),
