@@ -269,7 +269,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _load(source: ModelSource, dtype: torch.dtype, layer: int, device: torch.device) -> PreTrainedModel:
     # cut first: the device never holds what is above the layer
-    model: Any = truncate(load(source.name, dtype), layer)
+    model: Any = truncate(load(source.name, dtype, blocks=layer + 1), layer)
     try:
         return model.to(device)
     except torch.OutOfMemoryError as error:

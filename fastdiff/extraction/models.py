@@ -35,6 +35,10 @@ from fastdiff.store.format import TORCH_DTYPES
 
 Hook = Literal["resid_post", "mlp_out", "attn_out"]
 
+# architectures in which no block depends on how many there are: loading the first ones gives the same bits (tested)
+_CUT = frozenset({"gemma2", "glm", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "qwen3"})
+# where a cut model says what its list of blocks is called: by its length it is not found any more
+_LAYERS = "_fastdiff_layers"
 # a branch's own norm comes first: its output is what is added
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
@@ -160,6 +164,7 @@ def load(
     device: torch.device | str = "cpu",
     *,
     head: bool = False,
+    blocks: int | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode.
 
@@ -168,16 +173,20 @@ def load(
         dtype: Precision of the weights and the forward pass; "auto" is what the model was saved in.
         device: Where the weights go.
         head: Whether its logits are wanted, so that the weights must have the language modelling head too.
+        blocks: How many of the first decoder blocks are wanted. Architectures of which it is known that a block does
+            not depend on how many follow get no others, and their weights are not read; the rest is loaded whole.
 
     Raises:
         InputError: No safetensors weights, damaged ones, or weights that lack a parameter.
     """
     source = describe(name_or_path)
+    config = None if blocks is None else _cut(name_or_path, blocks)
     capped = getattr(source.config, "attn_logit_softcapping", None) is not None
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -198,6 +207,20 @@ def load(
     return model.eval().requires_grad_(False).to(device)
 
 
+def _cut(name_or_path: str, blocks: int) -> PreTrainedConfig | None:
+    """A model's configuration with its first blocks only; None if the architecture may depend on their number."""
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    n_layers = config.num_hidden_layers if config.model_type in _CUT else 0
+    if blocks >= n_layers:
+        return None
+    for name, value in config.to_dict().items():
+        # what each block is, such as layer_types
+        if isinstance(value, list) and len(value) == n_layers:
+            setattr(config, name, value[:blocks])
+    config.num_hidden_layers = blocks
+    return config
+
+
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Find the list of decoder blocks: the outermost ModuleList with config.num_hidden_layers entries.
 
@@ -207,6 +230,9 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         OptionError: There is none, or more than one.
     """
+    if (name := getattr(model, _LAYERS, None)) is not None:
+        found_before: Any = model.get_submodule(name)
+        return name, found_before
     n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     found = [
         (name, module)
@@ -254,10 +280,13 @@ def truncate(model: PreTrainedModel, layer: int) -> PreTrainedModel:
         The inner model, without the language modelling head.
     """
     inner: Any = model.base_model
-    _, layers = find_layers(inner)
+    name, layers = find_layers(inner)
     del layers[layer + 1 :]
-    # some architectures run range(num_hidden_layers), and find_layers looks for that number
-    inner.config.get_text_config(decoder=True).num_hidden_layers = len(layers)
+    setattr(inner, _LAYERS, name)
+    config = inner.config.get_text_config(decoder=True)
+    # some architectures run range(num_hidden_layers); those with inputs for each block (Gemma 3n) cut them by it
+    if not getattr(config, "hidden_size_per_layer_input", None):
+        config.num_hidden_layers = len(layers)
     return inner
 
 
@@ -296,12 +325,14 @@ def capture(model: PreTrainedModel, layer: int, hook: Hook) -> Iterator[Captured
     """
     _, layers = find_layers(model)
     block = layers[layer]
+    # the one that attention and MLP read
+    stream = getattr(model.config.get_text_config(decoder=True), "altup_active_idx", 0)
     captured = Captured()
     if hook == "resid_post":
-        handles = [block.register_forward_hook(lambda _module, _args, out: captured.put(_tensor(out)))]
+        handles = [block.register_forward_hook(lambda _module, _args, out: captured.put(_tensor(out, stream)))]
     else:
         attention, mlp = branches(block)
-        handles = _watch_sum(block, attention, mlp)
+        handles = _watch_sum(block, attention, mlp, stream)
         target = attention if hook == "attn_out" else mlp
         module = block.get_submodule(target)
         handles.append(module.register_forward_hook(lambda _module, _args, out: captured.put(_tensor(out))))
@@ -312,8 +343,10 @@ def capture(model: PreTrainedModel, layer: int, hook: Hook) -> Iterator[Captured
             handle.remove()
 
 
-def _tensor(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+def _tensor(out: Any, stream: int = 0) -> Tensor:
+    """The residual stream [B, T, D] of what a module gave; of several [S, B, T, D] (Gemma 3n's AltUp) the one given."""
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor[stream] if tensor.dim() == 4 else tensor
 
 
 def branches(block: nn.Module) -> tuple[str, str]:
@@ -340,14 +373,14 @@ def branches(block: nn.Module) -> tuple[str, str]:
     return chosen[0], chosen[1]
 
 
-def _watch_sum(block: nn.Module, attention: str, mlp: str) -> list[Any]:
+def _watch_sum(block: nn.Module, attention: str, mlp: str, stream: int) -> list[Any]:
     """Hooks that check resid_in + attn_out + mlp_out = resid_post in the first forward pass."""
     seen: dict[str, Tensor] = {}
     checked = False
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not checked:
-            seen["in"] = args[0] if args else kwargs["hidden_states"]
+            seen["in"] = _tensor(args[0] if args else kwargs["hidden_states"], stream)
 
     def branch(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
@@ -362,7 +395,7 @@ def _watch_sum(block: nn.Module, attention: str, mlp: str) -> list[Any]:
             return
         checked = True
         parts = [seen.pop(name) for name in ("in", attention, mlp)]
-        post = _tensor(out)
+        post = _tensor(out, stream)
         # two additions, each off by half an ulp of a partial sum; 4 leaves room for another order
         epsilon = max(torch.finfo(part.dtype).eps for part in (*parts, post))
         parts64 = [part.double().reshape(post.shape) for part in parts]

@@ -1,15 +1,18 @@
 import json
 import re
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3nTextConfig,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -125,6 +128,56 @@ def test_resid_post_equals_hidden_states_of_the_full_model_bit_for_bit(paths, ba
         states = full(paths[name])(**batch, output_hidden_states=True).hidden_states
     for layer in range(N_LAYERS - 1):
         assert torch.equal(extracted(paths[name], batch, layer, "resid_post"), states[layer + 1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])
+def test_a_model_of_which_only_the_first_blocks_are_read_gives_the_same_bits(paths, batch, tmp_path, name) -> None:
+    # what lies above is not there at all
+    shutil.copytree(paths[name], tmp_path / name)
+    weights = load_file(tmp_path / name / "model.safetensors")
+    for layer in range(N_LAYERS - 1):
+        above = re.compile(rf"\.({'|'.join(str(i) for i in range(layer + 1, N_LAYERS))})\.")
+        save_file(
+            {key: value for key, value in weights.items() if not above.search(key)},
+            tmp_path / name / "model.safetensors",
+            {"format": "pt"},
+        )
+        whole, first = (
+            truncate(load(str(paths[name])), layer),
+            truncate(load(str(tmp_path / name), blocks=layer + 1), layer),
+        )
+        assert sum(p.numel() for p in whole.parameters()) == sum(p.numel() for p in first.parameters())
+        got = []
+        for model in (whole, first):
+            with capture(model, layer, "resid_post") as captured:
+                model(**batch, use_cache=False)
+                got.append(captured.take())
+        assert torch.equal(*got)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layer", range(N_LAYERS))
+def test_inputs_for_each_block_are_not_cut_with_the_blocks(tmp_path, batch, layer) -> None:
+    # Gemma 3n: a traceback below the last layer, and at layer 0 two lists of one block
+    config = Gemma3nTextConfig(
+        **_GROUPED, vocab_size_per_layer_input=60, hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0,
+        sliding_window=16, layer_types=["sliding_attention"] * 2 + ["full_attention"], altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * N_LAYERS, max_position_embeddings=64,
+    )  # fmt: skip
+    path = make(config, tmp_path / "gemma3n")
+    whole, seen = full(path), {}
+    _, layers = find_layers(whole)
+    hook = layers[layer].register_forward_hook(lambda _module, _args, out: seen.update(out=out))
+    whole(**batch)
+    hook.remove()
+    model = truncate(load(str(path), blocks=layer + 1), layer)
+    with capture(model, layer, "resid_post") as captured:
+        model(**batch, use_cache=False)
+        # of the streams that AltUp keeps, the one that attention and MLP read
+        assert torch.equal(captured.take(), seen["out"][config.altup_active_idx])
+    with capture(model, layer, "mlp_out"), pytest.raises(OptionError, match="resid_post"):
+        model(**batch, use_cache=False)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
