@@ -227,6 +227,9 @@ def resolve(
     in_file = set(_paths(values)) if config_file is not None else set()
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v not in (None, ())}
     values |= options
+    variables = _environment() if section is None else {}
+    for (stage, name), (_, text) in variables.items():
+        values.setdefault(stage, {})[name] = text
     places = set()
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -248,11 +251,28 @@ def resolve(
         """What the user calls the field: --set over the option over the file."""
         if any(place[: len(path)] == path for place in places):
             return f"--set {'.'.join(path)}"
+        if path[:2] in variables:
+            return variables[path[0], path[1]][0]
         if path[0] in options or (section is not None and path not in in_file):
             return flag(model, path[0])
         return f"{config_file}: {'.'.join(path if section is None else (section, *path))}"
 
     return validated(model, values, called)
+
+
+def _environment() -> dict[tuple[str, str], tuple[str, Any]]:
+    """Of every stage's field that the environment sets: the variable, and its value; `run` has no options of theirs."""
+    from fastdiff.config import RunConfig
+
+    found: dict[tuple[str, str], tuple[str, Any]] = {}
+    for stage, field in RunConfig.model_fields.items():
+        model: Any = field.annotation
+        for name, option in model.model_fields.items():
+            variable = f"FASTDIFF_{stage}_{name}".upper()
+            if (text := os.environ.get(variable)) is not None:
+                many = typing.get_origin(option.annotation) is list
+                found[stage, name] = variable, text.split() if many else text
+    return found
 
 
 def _paths(values: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -15,7 +15,9 @@ from click.testing import CliRunner
 
 from fastdiff import rundir
 from fastdiff.cli import cli, main
+from fastdiff.cli_options import resolve
 from fastdiff.config import CompareConfig, RunConfig, TrainConfig
+from fastdiff.errors import OptionError
 from fastdiff.results.trust import Check
 
 FASTDIFF = Path(sys.executable).parent / "fastdiff"
@@ -188,6 +190,22 @@ class TestPrecedence:
         assert (code, out) == (0, f"base→tuned: a sentence\nreport: {tmp_path / 'r' / 'report.html'}\n")
         assert err.startswith("trust in base→tuned: Of 7 checks, ") and len(err.splitlines()) == 8
         assert (seen[-1].train.k, seen[-1].train.dict_size, seen[-1].compare) == (5, 64, CompareConfig())
+
+
+def test_the_environment_reaches_the_stages_of_run_too(tmp_path, monkeypatch):
+    file = tmp_path / "run.yaml"
+    file.write_text("extract: {base: a, tuned: b, dataset: [x]}\ntrain: {k: 8}\n")
+    monkeypatch.setenv("FASTDIFF_TRAIN_K", "6")
+    monkeypatch.setenv("FASTDIFF_TRAIN_SEEDS", "3,4")
+    monkeypatch.setenv("FASTDIFF_EXTRACT_DATASET", "one.txt two.txt")
+    monkeypatch.setenv("FASTDIFF_ANALYZE_SPLICE", "true")
+    found = resolve(RunConfig, None, file, (), {})
+    assert (found.train.k, found.train.seeds, found.analyze.splice) == (6, (3, 4), True)
+    assert found.extract.dataset == ["one.txt", "two.txt"]
+    assert resolve(RunConfig, None, file, ("train.k=9",), {}).train.k == 9
+    monkeypatch.setenv("FASTDIFF_TRAIN_K", "many")
+    with pytest.raises(OptionError, match=r"^FASTDIFF_TRAIN_K: must be a whole number"):
+        resolve(RunConfig, None, file, (), {})
 
 
 class TestRefusals:

@@ -300,6 +300,11 @@ class Captured:
         """Keep an activation until it is taken."""
         self._activation = activation
 
+    def shape(self, shape: torch.Size) -> None:
+        """Give what is kept the shape of the block's output."""
+        if self._activation is not None:
+            self._activation = self._activation.reshape(shape)
+
     def take(self) -> Tensor:
         """Give the activation [B, T, D] of the last forward pass and let go of it."""
         assert self._activation is not None, "no forward pass since the last take"
@@ -336,6 +341,10 @@ def capture(model: PreTrainedModel, layer: int, hook: Hook) -> Iterator[Captured
         target = attention if hook == "attn_out" else mlp
         module = block.get_submodule(target)
         handles.append(module.register_forward_hook(lambda _module, _args, out: captured.put(_tensor(out))))
+        # OPT's MLP takes all positions of a batch as one row of vectors
+        handles.append(
+            block.register_forward_hook(lambda _module, _args, out: captured.shape(_tensor(out, stream).shape))
+        )
     try:
         yield captured
     finally:

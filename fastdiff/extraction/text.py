@@ -88,6 +88,8 @@ class Fields:
         if category is not None and not isinstance(category, str | int | float | bool):
             raise InputError(f"{where}: category field {self.category!r} holds {_kind(category)}, not a label")
         label = None if category is None else str(category)
+        if self.category is not None and label is not None:
+            _check_whole(label, self.category, where)
         name = self.content(record)
         if name == self.messages:
             messages = _messages(_field(record, name, "--messages-field", where), name, where)
@@ -96,6 +98,7 @@ class Fields:
         if not isinstance(text, str):
             hint = "; for chats use --messages-field" if isinstance(text, list) else ""
             raise InputError(f"{where}: field {name!r} holds {_kind(text)}, not text{hint}")
+        _check_whole(text, name, where)
         if not text.strip():
             return None
         if self.answer is None:
@@ -103,6 +106,7 @@ class Fields:
         answer = _field(record, self.answer, "--answer-field", where)
         if not isinstance(answer, str):
             raise InputError(f"{where}: field {self.answer!r} holds {_kind(answer)}, not the text of an answer")
+        _check_whole(answer, self.answer, where)
         return Document((Message("user", text), Message("assistant", answer)), label, where)
 
 
@@ -111,6 +115,17 @@ def _field(record: Mapping[str, Any], name: str, option: str, where: str) -> Any
         have = ", ".join(map(repr, record)) or "none"
         raise InputError(f"{where}: no field {name!r} ({option}); its fields are {have}")
     return record[name]
+
+
+def _check_whole(text: str, field: str, where: str) -> None:
+    """That a text has no half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise InputError(
+            f"{where}: field {field!r} holds half of a character ({half}, character {error.start + 1}); mend the record"
+        ) from error
 
 
 def _kind(value: Any) -> str:
@@ -129,6 +144,8 @@ def _messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
         role, content = item["role"], "" if item["content"] is None else item["content"]
         if not isinstance(role, str) or not isinstance(content, str):
             raise InputError(f"{where}: role and content of message {index} of {field!r} must be text")
+        for part in (role, content):
+            _check_whole(part, field, where)
         messages.append(Message(role, content))
     return tuple(messages)
 

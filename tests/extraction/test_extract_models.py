@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OPTConfig,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -204,6 +205,15 @@ def test_attn_out_and_mlp_out_equal_hooks_on_the_full_model(paths, batch, name, 
     modules = dict(zip(("attn_out", "mlp_out"), map(block.get_submodule, ADDED[name]), strict=True))
     for hook, want in outputs_of(model, modules, batch).items():
         assert torch.equal(extracted(paths[name], batch, layer, hook), want)
+
+
+def test_a_branch_that_takes_all_positions_as_rows_has_the_shape_of_the_stream(tmp_path, batch) -> None:
+    # OPT's MLP: a traceback once
+    path = make(OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64), tmp_path / "opt")
+    model = full(path)
+    want = outputs_of(model, {"mlp": model.model.decoder.layers[1].fc2}, batch)["mlp"]
+    got = extracted(path, batch, 1, "mlp_out")
+    assert got.shape == (*batch["input_ids"].shape, 32) and torch.equal(got.reshape(want.shape), want)
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS])

@@ -146,6 +146,7 @@ def test_order_is_the_permutation_of_the_seed(tmp_path) -> None:
         ("[1]", r"bad\.jsonl:2: holds a value of type list, not a JSON object"),
         ('{"body": "a", "label": 1}', r"bad\.jsonl:2: no field 'text'.*'body', 'label'"),
         ('{"text": null}', r"bad\.jsonl:2: field 'text' holds null"),
+        ('{"text": "half \\ud83d"}', r"bad\.jsonl:2: field 'text' holds half of a character \(\\ud83d, character 6"),
         ('{"text": ["a"]}', r"bad\.jsonl:2: field 'text' holds a value of type list.*--messages-field"),
     ],
 )
